@@ -1,0 +1,87 @@
+# The two commands for a newcomer are `make demo` and `make test`. Everything is installed into .venv and nowhere else.
+#   PYTHON=python3.12   the interpreter of .venv (3.10 or later)
+#   PEERS=              test without PyTorch. The default is the plain package, which on some machines brings CUDA
+#                       along (gigabytes): there, install a CPU-only torch of this version into .venv beforehand.
+
+PYTHON ?= python3
+PEERS ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+WHEEL := $$(ls dist/fastbn-*.whl)
+# What the wheel is made from, without what builds leave there.
+SOURCES := setup.py pyproject.toml MANIFEST.in README.md LICENSE $(shell find src_c fastbn -type f \
+	! -path '*/__pycache__/*' ! -name '*.so' ! -name _build.json ! -name _core.c)
+
+.PHONY: help demo test lint format bench develop clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: $(VENV)/.demo  ## train a CNN with and without batch normalization, draw the curves, measure this machine
+	mkdir -p demo
+	$(BIN)/fastbn train --compare --plot demo/curves.png
+	$(BIN)/fastbn bench
+
+test: export FASTBN_WERROR ?= 1
+test: $(VENV)/.test  ## build the sdist, the wheel from it, and run all tests on the installed wheel
+	FASTBN_TEST_WHEEL=1 $(BIN)/pytest $(PYTEST)
+
+lint: export FASTBN_WERROR ?= 1
+lint: $(VENV)/.lint  ## formats, style and types of Python, Cython, C
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint fastbn
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+	$(BIN)/mypy
+	$(BIN)/stubtest fastbn._core
+
+format: $(VENV)/.lint  ## rewrite Python and C as `make lint` wants them
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(C_FILES)
+
+bench: $(VENV)/.demo  ## throughput against plain NumPy and the copy speed of this machine
+	$(BIN)/fastbn bench
+
+develop: $(VENV)/.venv  ## editable install with all tools; run it again after a change of C or Cython
+	rm -f $(VENV)/.wheel
+	$(PIP) install --editable '.[test,train,lint]'
+
+clean:  ## remove all that make and builds have made
+	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache fastbn/_build.json
+	find fastbn tests benchmarks \( -name '*.so' -o -name '*.pyc' \) -delete
+
+C_FILES = $(shell find src_c -name '*.[ch]' -o -name '*.inc')
+
+# Stamps: each says that .venv holds something.
+
+$(VENV)/.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastbn needs Python 3.10 or later: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip build
+	touch $@
+
+# `build` makes the sdist, then the wheel from the sdist: what is missing in the sdist fails here.
+dist/.built: $(SOURCES) | $(VENV)/.venv
+	rm -rf dist && mkdir dist
+	$(BIN)/python -m build > dist/log 2>&1 || { cat dist/log; exit 1; }
+	touch $@
+
+$(VENV)/.wheel: dist/.built
+	$(PIP) install --force-reinstall --no-deps $(WHEEL)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.wheel
+	$(PIP) install "$(WHEEL)[train]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.wheel
+	$(PIP) install "$(WHEEL)[test,train]"
+	@if [ -n "$(PEERS)" ]; then $(PIP) install $(PEERS) || echo "fastbn: no $(PEERS): tests against it will be skipped"; fi
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.wheel
+	$(PIP) install "$(WHEEL)[lint,test,train]"
+	touch $@

@@ -1,0 +1,334 @@
+"""Every check of an argument, and every message about one.
+
+A message names the argument, what is accepted and what came. Checks return what the caller goes on with (an index, a
+float, a float64 copy); none of them writes to an argument. Messages are built only when they are raised: small calls
+pass here too.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any, NoReturn, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _layout, runtime
+from .errors import AliasError, ArgumentError, DeviceError, DTypeError, ReadOnlyError, ShapeError, SingleValueError
+
+Array: TypeAlias = npt.NDArray[Any]
+Float64Array: TypeAlias = npt.NDArray[np.float64]
+
+DEVICES = ("cpu", "cuda")
+# For np.shares_memory, whose worst case is exponential; its stub knows two values only.
+_MAX_WORK: Any = 10_000
+_TooHardError = getattr(np, "exceptions", np).TooHardError  # moved in NumPy 1.25
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain values
+
+
+def device(value: Any) -> None:
+    """Only the CPU, in this version."""
+    if value == "cpu":
+        return
+    if isinstance(value, str) and value in DEVICES:
+        raise DeviceError(f"device: the {value!r} backend is not installed in this version of fastbn; use device='cpu'")
+    raise ArgumentError(f"device: expected one of {_listed(DEVICES)}, got {value!r}")
+
+
+def boolean(name: str, value: Any) -> bool:
+    """True or False; 1 and 0 are likely a mistake in a call with many arguments."""
+    if value is True or value is False or isinstance(value, np.bool_):
+        return bool(value)
+    raise ArgumentError(f"{name}: expected True or False, got {value!r}")
+
+
+def _real(value: Any) -> float:
+    """A real number as a float; NaN for everything else, so that one comparison refuses both."""
+    if isinstance(value, (float, int, np.floating, np.integer)) and not isinstance(value, bool):
+        return float(value)
+    return math.nan
+
+
+def eps(value: Any, training: bool) -> float:
+    """Finite; positive in training, where a constant channel would divide by zero."""
+    number = _real(value)
+    if (number > 0 or (number == 0 and not training)) and number < math.inf:
+        return number
+    bound = "> 0 in training" if training else ">= 0 in inference"
+    raise ArgumentError(f"eps: expected a finite number {bound}, got {value!r}")
+
+
+def momentum(value: Any) -> float:
+    """The weight of the new batch."""
+    number = _real(value)
+    if 0 <= number <= 1:
+        return number
+    hint = "; None (cumulative average) is for layers only" if value is None else ""
+    raise ArgumentError(f"momentum: expected a number from 0 to 1 (the weight of the new batch), got {value!r}{hint}")
+
+
+def activation(value: Any) -> int:
+    """The core's index."""
+    if value is None:
+        return runtime.ACTIVATION_INDEX["identity"]
+    if isinstance(value, str) and value in runtime.ACTIVATION_INDEX:
+        return runtime.ACTIVATION_INDEX[value]
+    raise ArgumentError(f"activation: expected None or one of {_listed(runtime.activations())}, got {value!r}")
+
+
+def training(value: Any, running_mean: Any, running_var: Any) -> bool:
+    """Whether the batch's own statistics are used. Explicit if running ones are given: no default is safe."""
+    if (running_mean is None) != (running_var is None):
+        missing, given = ("running_mean", "running_var") if running_mean is None else ("running_var", "running_mean")
+        raise ArgumentError(f"{missing}: expected an array, since {given} is given, got None")
+    if value is None:
+        if running_mean is None:
+            return True
+        raise ArgumentError("training: expected True or False when running statistics are given, got None")
+    use_batch = boolean("training", value)
+    if not use_batch and running_mean is None:
+        raise ArgumentError("running_mean: expected running_mean and running_var when training=False, got None")
+    return use_batch
+
+
+def num_threads(value: Any) -> int | None:
+    """None or a number of threads."""
+    return None if value is None else runtime.check_num_threads(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# x and its axes
+
+
+def array(name: str, value: Any) -> Array:
+    """Any array_like as a plain ndarray, without copying one."""
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise ArgumentError(f"{name}: expected an array without a mask, got a masked array; its mask would be ignored")
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ArgumentError(f"{name}: expected an array_like, got {type(value).__name__}: {error}") from None
+
+
+def supported_dtype(name: str, dtype: np.dtype[Any]) -> int:
+    """The core's index."""
+    index = runtime.dtype_index(dtype)
+    if index is None:
+        hint = "; convert it, e.g. with .astype(np.float32)" if dtype.kind in "biu" else ""
+        raise DTypeError(f"{name}: expected dtype {' or '.join(runtime.dtypes())}, got {dtype}{hint}")
+    return index
+
+
+def axis(value: Any, ndim: int) -> int:
+    """The channel axis, counted from the front."""
+    try:
+        index = operator.index(value)
+    except TypeError:
+        index = None
+    if index is None or isinstance(value, bool):
+        raise ArgumentError(f"axis: expected an integer, got {value!r}")
+    if not -ndim <= index < ndim:
+        raise ShapeError(f"axis: expected -{ndim} to {ndim - 1} for an x of {ndim} dimensions, got {value}")
+    return index % ndim
+
+
+def layout(dimensions: int, value: Any) -> None:
+    """A layout of batchnorm<dimensions>d, or None for its default."""
+    if value is not None and not (isinstance(value, str) and value in _layout.LAYOUTS[dimensions]):
+        raise ArgumentError(f"layout: expected one of {_listed(_layout.LAYOUTS[dimensions])}, got {value!r}")
+
+
+def axis_of_layout(ndim: int, dimensions: int, value: Any) -> int:
+    """The channel axis of an x of this rank in a layout (None: the one that is meant for this rank)."""
+    layout(dimensions, value)
+    defaults = _layout.DEFAULT_LAYOUTS[dimensions]
+    chosen = defaults.get(ndim) if value is None else value
+    if chosen is None or len(chosen) != ndim:
+        wanted = " or ".join(f"{rank} ({name})" for rank, name in sorted(defaults.items()))
+        wanted = wanted if value is None else f"{len(value)} ({value})"
+        raise ShapeError(f"x: expected {wanted} dimensions, got {ndim}")
+    return str(chosen).index("C")
+
+
+def several_values(shape: tuple[int, ...], count: int) -> None:
+    """Training needs at least two values per channel (or none at all: an empty batch)."""
+    if count == 1:
+        raise SingleValueError(
+            f"x: expected more than 1 value per channel when training, got input size {shape}; "
+            "drop an incomplete last batch, or use inference (training=False, eval())"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays that belong to x
+
+
+def _is_float(dtype: np.dtype[Any]) -> bool:
+    """float16 to longdouble, and the floats of ml_dtypes, whose kind is V."""
+    return dtype.kind == "f" or (dtype.kind == "V" and dtype.names is None and np.can_cast(dtype, np.float64))
+
+
+def _float_vector(name: str, value: Any, channels: int) -> Array:
+    vector = array(name, value)
+    if vector.shape != (channels,):
+        raise ShapeError(f"{name}: expected shape ({channels},) for the {channels} channels of x, got {vector.shape}")
+    if not _is_float(vector.dtype):
+        raise DTypeError(f"{name}: expected a floating-point dtype, got {vector.dtype}")
+    return vector
+
+
+def parameter(name: str, value: Any, channels: int) -> tuple[Float64Array | None, np.dtype[Any] | None]:
+    """gamma or beta as a float64 copy, which `out` cannot overlap, and the dtype it came in; (None, None) for None."""
+    if value is None:
+        return None, None
+    vector = _float_vector(name, value, channels)
+    return np.array(vector, dtype=np.float64, order="C"), vector.dtype
+
+
+def running(name: str, value: Any, channels: int, update: bool) -> Array:
+    """A running statistic; one that will be updated must be an array that can be written."""
+    if update and not isinstance(value, np.ndarray):
+        raise ArgumentError(f"{name}: expected an ndarray, which training updates in place, got {type(value).__name__}")
+    vector = _float_vector(name, value, channels)
+    if update and not vector.flags.writeable:
+        raise ReadOnlyError(f"{name}: expected a writable array, which training updates in place, got a read-only one")
+    return vector
+
+
+def companion(name: str, value: Any, x: Array) -> Array:
+    """residual or dy: an array of x's shape and dtype."""
+    other = array(name, value)
+    if other.shape != x.shape:
+        raise ShapeError(f"{name}: expected shape {x.shape} as x, got {other.shape}")
+    if other.dtype != x.dtype and runtime.dtype_index(other.dtype) != runtime.dtype_index(x.dtype):
+        raise DTypeError(f"{name}: expected dtype {x.dtype.newbyteorder('=')} as x, got {other.dtype}")
+    return other
+
+
+def out(value: Any, x: Array) -> Array:
+    """A buffer for a result like x."""
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+        raise ArgumentError(f"out: expected an ndarray, got {type(value).__name__}")
+    buffer = np.asarray(value)
+    if buffer.shape != x.shape:
+        raise ShapeError(f"out: expected shape {x.shape} as x, got {buffer.shape}")
+    wanted = x.dtype.newbyteorder("=")
+    if buffer.dtype != wanted:
+        raise DTypeError(f"out: expected dtype {wanted.name} in native byte order, got {buffer.dtype}")
+    if not buffer.flags.writeable:
+        raise ReadOnlyError("out: expected a writable array, got a read-only one")
+    return buffer
+
+
+def out_view(buffer: Array, axis: int, planar: bool) -> _layout.View:
+    """The view of `out` in x's family. Results are never written to a hidden copy."""
+    view = None
+    if buffer.flags.aligned:
+        view = _layout.view(buffer.shape, buffer.strides, axis, buffer.itemsize, planar)
+    if view is None:
+        raise ArgumentError(
+            f"out: expected aligned memory in the order of x, got strides {buffer.strides}; pass np.empty_like(x)"
+        )
+    if not _layout.separate(view.strides, view.shape, buffer.itemsize):
+        raise AliasError(f"out: expected elements that do not overlap, got strides {buffer.strides}")
+    return view
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared memory
+
+
+def _overlap(a: Array, b: Array) -> bool:
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=_MAX_WORK)
+    except _TooHardError:
+        return True
+
+
+def _same_memory(a: Array, b: Array) -> bool:
+    """The same elements at the same places."""
+    if a is b:
+        return True
+    places = [
+        (array.ctypes.data, [s for s, extent in zip(array.strides, array.shape, strict=True) if extent > 1])
+        for array in (a, b)
+    ]
+    return places[0] == places[1] and a.dtype == b.dtype
+
+
+def _refuse(name: str, other: str, accepted: str) -> NoReturn:
+    raise AliasError(f"{name}: expected {accepted}, got one that overlaps {other}")
+
+
+def apart(name: str, a: Array, other: str, b: Array) -> None:
+    """No common memory at all."""
+    if _overlap(a, b):
+        _refuse(name, other, f"an array apart from {other}")
+
+
+def apart_or_same(name: str, a: Array, other: str, b: Array) -> None:
+    """In place or apart; never shifted against each other."""
+    if _overlap(a, b) and not _same_memory(a, b):
+        _refuse(name, other, f"{other} itself or an array apart from it")
+
+
+def aliases(
+    x: Array, residual: Array | None, out: Array | None, running: list[tuple[str, Array]], update: bool, keep: bool
+) -> None:
+    """What forward writes (out, and the running statistics if `update`) against everything else.
+
+    gamma and beta are copies by now. `keep`: backward will need x, so not even `out is x` is allowed.
+    """
+    if update:
+        apart("running_mean", running[0][1], "running_var", running[1][1])
+        for name, array in running:
+            apart(name, array, "x", x)
+            if residual is not None:
+                apart(name, array, "residual", residual)
+    if out is not None:
+        (apart if keep else apart_or_same)("out", out, "x", x)
+        if residual is not None:
+            apart_or_same("out", out, "residual", residual)
+        for name, array in running:
+            apart("out", out, name, array)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+def num_features(value: Any) -> int:
+    """At least one channel."""
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1:
+        return int(value)
+    raise ArgumentError(f"num_features: expected an integer >= 1, got {value!r}")
+
+
+def parameter_dtype(value: Any) -> np.dtype[Any]:
+    """The dtype of a layer's parameters and buffers."""
+    try:
+        dtype: np.dtype[Any] = np.dtype(value)
+    except TypeError:
+        raise DTypeError(f"dtype: expected a floating-point dtype, got {value!r}") from None
+    if not _is_float(dtype):
+        raise DTypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+    return dtype
+
+
+def channels(shape: tuple[int, ...], axis: int, expected: int) -> None:
+    """A layer's x has as many channels as the layer."""
+    if shape[axis] != expected:
+        raise ShapeError(f"x: expected {expected} channels (num_features) on axis {axis}, got shape {shape}")

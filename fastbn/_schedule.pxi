@@ -1,0 +1,596 @@
+# SPDX-License-Identifier: MIT
+# The schedule: how channels and blocks are shared among threads, and in which order partial sums are added.
+#
+# Forward and backward are the same three steps, each a phase over all threads:
+#     reduce   sums of every block                               stats or backward_stats kernels
+#     finish   sums -> moments and coefficients of a channel     float64, here
+#     map      every value                                       apply or backward_apply kernels
+# Where there are channels enough for all threads (planar), one phase does the three steps channel by channel, so that
+# the second reading of a channel finds it in the cache.
+#
+# Bits: blocks are cut by shape alone (constants of fastbn.h) and finish adds their sums in block order. Threads, tasks,
+# packing and the order of units only decide who calls a kernel, and when.
+
+from cython.parallel cimport prange, threadid
+from libc.math cimport fabs, sqrt
+from libc.stdlib cimport free
+from libc.string cimport memset
+from posix.stdlib cimport posix_memalign
+
+
+cdef struct Array:  # strides in bytes; data is NULL where an optional array is absent
+    char *data
+    int64_t outer, channel, inner
+
+cdef struct Job
+ctypedef bint (*Finish)(Job *, int64_t, bint) noexcept nogil
+ctypedef void (*Worker)(Job *, int, int64_t, int64_t) noexcept nogil
+
+cdef struct Job:
+    # what to do
+    const fastbn_kernels *kernels
+    bint planar
+    int64_t outer, channels, inner
+    int threads
+    int activation
+    bint training
+    bint statistics_only
+    double eps
+    Finish finish
+    fastbn_kernel *reduce  # NULL: the statistics are given
+    fastbn_kernel *map     # NULL: only the statistics are wanted
+    # arrays
+    Array x, residual, dy, y, dx, dresidual
+    char *mask
+    const double *gamma
+    const double *beta
+    double *statistics  # 5 rows of `channels`
+    double *dgamma
+    double *dbeta
+    # how it is cut: blocks of a channel (planar) or of rows (interleaved), in groups of channels; a unit is one block
+    # of one group
+    int64_t blocks
+    int64_t rows_per_block
+    int64_t segments  # planar: blocks of a run, where a run is longer than a block
+    int64_t fold      # interleaved: rows taken as one, to fill whole vectors; channel c is columns c + k channels
+    int64_t width     # sums, coefficients and shifts: fold * channels
+    int64_t group     # columns (interleaved) or channels (planar) of a group
+    int64_t groups
+    int64_t units
+    bint by_channel   # planar: all three steps for a group before the next
+    # scratch, one allocation
+    double *sums
+    double *x_shift
+    double *dy_shift
+    char *coefficients
+    char *redo        # a flag a channel
+    bint packed       # some array is strided: blocks pass through `packing`
+    char *packing     # a part for each thread
+    int64_t packing_size
+    bint stream
+
+
+cdef enum:
+    # Values that a thread packs at once: a planar block.
+    PACKED_VALUES = FASTBN_PLANAR_BLOCK
+    # Columns of a group where interleaved rows are wide.
+    GROUP_COLUMNS = 512
+    # Bytes of x in a unit of planar channels: with y (or dy and dx) it fits an L2 cache of half a megabyte.
+    UNIT_BYTES = 128 << 10
+    # Interleaved channels are folded below this number (above, an incomplete last vector costs little).
+    FOLD_BELOW = 64
+    # Ranges of units that a thread gets on average: enough to even out, few enough to cost nothing.
+    TASKS_PER_THREAD = 4
+    # Sums that one thread finishes while others would still wake up.
+    SERIAL_SUMS = 8192
+    # Bytes of y from which stores go past the caches.
+    STREAM_BYTES = 32 << 20
+
+
+cdef inline int64_t ceil_div(int64_t a, int64_t b) noexcept nogil:
+    return (a + b - 1) // b
+
+
+# ----------------------------------------------------------------------------------------------------
+# phases
+
+cdef void perform(Job *job, Worker worker, int thread, int64_t first, int64_t last) noexcept nogil:
+    cdef uint64_t saved = fastbn_enter()
+    worker(job, thread, first, last)
+    fastbn_leave(saved)
+
+
+cdef void phase(Job *job, Worker worker, int64_t units, int threads) noexcept nogil:
+    """Share the units 0 .. units-1 among the threads, in contiguous ranges."""
+    cdef int64_t task, tasks = min(units, <int64_t>threads * TASKS_PER_THREAD)
+    if threads <= 1 or tasks <= 1:
+        perform(job, worker, 0, 0, units)
+        return
+    for task in prange(tasks, num_threads=threads, schedule="dynamic", chunksize=1):
+        perform(job, worker, threadid(), task * units // tasks, (task + 1) * units // tasks)
+
+
+# ----------------------------------------------------------------------------------------------------
+# blocks
+
+cdef inline fastbn_operand locate(const Array *array, int64_t row, int64_t channel, int64_t inner,
+                                  int64_t rows) noexcept nogil:
+    """The operand at (row, channel, inner), whose rows are `rows` rows of the array apart."""
+    cdef fastbn_operand operand
+    operand.data = NULL
+    operand.row = operand.channel = 0
+    if array.data != NULL:
+        operand.data = array.data + row * array.outer + channel * array.channel + inner * array.inner
+        operand.row = rows * array.outer
+        operand.channel = array.channel
+    return operand
+
+
+cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t inner, bint mapping) noexcept nogil:
+    """Point the operands of a block at the arrays; its rows, columns and channels are set."""
+    cdef int64_t fold = job.fold, mask_stride
+    cdef fastbn_operand none
+    none.data = NULL
+    none.row = none.channel = 0
+    b.x = locate(&job.x, row, channel, inner, fold)
+    b.dy = locate(&job.dy, row, channel, inner, fold)
+    b.residual = b.y = b.dx = b.dresidual = none
+    if mapping:
+        b.residual = locate(&job.residual, row, channel, inner, fold)
+        b.y = locate(&job.y, row, channel, inner, fold)
+        b.dx = locate(&job.dx, row, channel, inner, fold)
+        b.dresidual = locate(&job.dresidual, row, channel, inner, fold)
+    b.mask = none
+    if job.mask != NULL:
+        if job.planar:  # a row of the mask for each run
+            mask_stride = fastbn_mask_stride(job.inner)
+            b.mask.data = job.mask + (row * job.channels + channel) * mask_stride + inner // 8
+            b.mask.row = job.channels * mask_stride
+            b.mask.channel = mask_stride
+        else:  # one for each row of `width` columns
+            mask_stride = fastbn_mask_stride(job.width)
+            b.mask.data = job.mask + row // fold * mask_stride + channel // 8
+            b.mask.row = mask_stride
+    b.activation = job.activation
+    b.training = job.training
+    b.stream = job.stream
+    b.plane = job.width
+    b.coefficients = job.coefficients + channel * job.kernels.coefficient_size
+    b.x_shift = job.x_shift + channel
+    b.dy_shift = job.dy_shift + channel
+
+
+cdef inline void redirect(fastbn_operand *operand, char **buffer, const fastbn_block *b, int64_t row) noexcept nogil:
+    """Let an operand be the next part of the buffer, as dense rows of `row` bytes."""
+    if operand.data != NULL:
+        operand.data = buffer[0]
+        operand.row = row
+        buffer[0] += b.rows * row
+
+
+cdef void move(Job *job, const Array *array, const fastbn_operand *strided, const fastbn_operand *dense,
+               const fastbn_block *b, bint back) noexcept nogil:
+    """Copy a block of an array to its dense rows, or back."""
+    cdef fastbn_copy2d copy
+    cdef int64_t size = job.kernels.itemsize
+    if strided.data == NULL:
+        return
+    copy.rows, copy.columns = b.rows, b.columns
+    copy.source_row, copy.source_column = array.outer, array.inner
+    if not job.planar:  # `fold` rows of the array are one row of the block
+        copy.columns = min(b.columns, job.channels)
+        copy.rows = b.rows * (b.columns // copy.columns)
+        copy.source_column = array.channel
+    copy.destination_row, copy.destination_column = copy.columns * size, size
+    copy.source, copy.destination = strided.data, dense.data
+    if back:
+        copy.source, copy.destination = copy.destination, <char *>copy.source
+        copy.source_row, copy.destination_row = copy.destination_row, copy.source_row
+        copy.source_column, copy.destination_column = copy.destination_column, copy.source_column
+    job.kernels.copy2d(&copy)
+
+
+cdef void run_packed(Job *job, fastbn_kernel *kernel, const fastbn_block *strided, int thread) noexcept nogil:
+    """A kernel over a block (of one planar channel) of strided arrays: packed, computed, unpacked."""
+    cdef fastbn_block dense = strided[0]
+    cdef char *buffer = job.packing + thread * job.packing_size
+    cdef int64_t row = strided.columns * job.kernels.itemsize
+    dense.stream = False
+    redirect(&dense.x, &buffer, strided, row)
+    redirect(&dense.residual, &buffer, strided, row)
+    redirect(&dense.dy, &buffer, strided, row)
+    redirect(&dense.y, &buffer, strided, row)
+    redirect(&dense.dx, &buffer, strided, row)
+    redirect(&dense.dresidual, &buffer, strided, row)
+    move(job, &job.x, &strided.x, &dense.x, strided, False)
+    move(job, &job.residual, &strided.residual, &dense.residual, strided, False)
+    move(job, &job.dy, &strided.dy, &dense.dy, strided, False)
+    kernel(&dense)
+    move(job, &job.y, &strided.y, &dense.y, strided, True)
+    move(job, &job.dx, &strided.dx, &dense.dx, strided, True)
+    move(job, &job.dresidual, &strided.dresidual, &dense.dresidual, strided, True)
+
+
+cdef void run_planar(Job *job, fastbn_kernel *kernel, int thread, int64_t channel, int64_t channels, int64_t block,
+                     bint mapping) noexcept nogil:
+    """A kernel over one block of each of some channels."""
+    cdef fastbn_block b
+    cdef int64_t row = block // job.segments * job.rows_per_block
+    cdef int64_t inner = block % job.segments * FASTBN_PLANAR_BLOCK
+    cdef int64_t last = channel + channels
+    b.rows = min(job.rows_per_block, job.outer - row)
+    b.columns = min(job.inner - inner, FASTBN_PLANAR_BLOCK) if job.segments > 1 else job.inner
+    b.channels = 1 if job.packed else channels
+    while channel < last:
+        place(job, &b, row, channel, inner, mapping)
+        b.sums = job.sums + block * 2 * job.width + channel
+        if job.packed:
+            run_packed(job, kernel, &b, thread)
+        else:
+            kernel(&b)
+        channel += b.channels
+
+
+cdef void run_interleaved(Job *job, fastbn_kernel *kernel, int thread, int64_t block, int64_t group,
+                          bint mapping) noexcept nogil:
+    """A kernel over one block of rows, all columns of a group."""
+    cdef fastbn_block b
+    cdef int64_t rows = job.outer // job.fold  # whole rows of `width` columns; then perhaps one that is shorter
+    cdef int64_t row = block * FASTBN_INTERLEAVED_BLOCK, column = group * job.group, last, step
+    if row < rows:
+        last = min(row + FASTBN_INTERLEAVED_BLOCK, rows)
+        b.columns = min(job.group, job.width - column)
+    else:
+        row = rows
+        last = row + 1
+        b.columns = (job.outer - rows * job.fold) * job.channels
+    step = max(1, PACKED_VALUES // b.columns) if job.packed else last - row
+    while row < last:
+        b.rows = min(step, last - row)
+        place(job, &b, row * job.fold, column, 0, mapping)
+        b.sums = job.sums + block * 2 * job.width + column
+        if job.packed:
+            run_packed(job, kernel, &b, thread)
+        else:
+            kernel(&b)
+        row += step
+
+
+# ----------------------------------------------------------------------------------------------------
+# finish: from the sums of the blocks of a channel to its moments and coefficients, in float64
+
+cdef inline double usable_shift(double first) noexcept nogil:
+    """A shift must be finite, else it would turn an infinite sum into NaN."""
+    return first if first - first == 0 else 0
+
+
+cdef inline void two_sum(double a, double b, double *hi, double *lo) noexcept nogil:
+    """hi + lo = a + b exactly, hi rounded (Knuth). lo is 0 where hi is not finite."""
+    cdef double s = a + b, t = s - a
+    cdef double rest = (a - (s - t)) + (b - t)
+    hi[0] = s
+    lo[0] = rest if rest - rest == 0 else 0
+
+
+cdef void add_blocks(Job *job, int64_t channel, double *first, double *second) noexcept nogil:
+    """The two sums of a channel over its blocks, in block order, compensated (Neumaier 1974): the error does not grow
+    with the number of blocks."""
+    cdef int64_t block, k
+    cdef double total[2]
+    cdef double lost[2]
+    cdef double value, t
+    cdef int p
+    total[0] = total[1] = lost[0] = lost[1] = 0
+    for block in range(job.blocks):
+        for k in range(job.fold):
+            for p in range(2):
+                value = job.sums[(block * 2 + p) * job.width + channel + k * job.channels]
+                t = total[p] + value
+                lost[p] += (total[p] - t) + value if fabs(total[p]) >= fabs(value) else (value - t) + total[p]
+                total[p] = t
+    # an infinite total has lost NaN
+    first[0] = total[0] + usable_shift(lost[0])
+    second[0] = total[1] + usable_shift(lost[1])
+
+
+cdef void write_coefficients(Job *job, int64_t channel, double *values) noexcept nogil:
+    cdef int64_t k
+    for k in range(job.fold):
+        job.kernels.round_coefficients(
+            values, job.coefficients + (channel + k * job.channels) * job.kernels.coefficient_size, job.width)
+
+
+cdef void normalizer(Job *job, int64_t channel, double *values) noexcept nogil:
+    """The coefficients of forward, which backward needs to find where the gradient passes."""
+    values[FASTBN_MEAN_HI] = job.statistics[STATISTICS_MEAN * job.channels + channel]
+    values[FASTBN_MEAN_LO] = job.statistics[STATISTICS_MEAN_LO * job.channels + channel]
+    values[FASTBN_SCALE] = job.statistics[STATISTICS_RSTD * job.channels + channel]
+    if job.gamma != NULL:
+        values[FASTBN_SCALE] *= job.gamma[channel]
+    values[FASTBN_BETA] = job.beta[channel] if job.beta != NULL else 0
+    values[FASTBN_GRADIENT_HI] = values[FASTBN_GRADIENT_LO] = values[FASTBN_SLOPE] = 0
+
+
+cdef bint finish_forward(Job *job, int64_t channel, bint again) noexcept nogil:
+    """Mean, variance and coefficients. True if the sums must be redone with the mean as shift: the first value was too
+    far from it for sum(d^2) - sum(d)^2 / n to keep its digits (Chan, Golub and LeVeque 1983)."""
+    cdef double count = <double>(job.outer * job.inner), shift, delta, m2, square
+    cdef double values[FASTBN_PLANES]
+    cdef double *mean = job.statistics + STATISTICS_MEAN * job.channels + channel
+    cdef double *mean_lo = job.statistics + STATISTICS_MEAN_LO * job.channels + channel
+    cdef double *var = job.statistics + STATISTICS_VAR * job.channels + channel
+    cdef int64_t k
+    if job.reduce != NULL:
+        add_blocks(job, channel, &delta, &square)
+        shift = job.x_shift[channel]
+        m2 = square - delta * (delta / count)
+        delta /= count
+        if m2 < 0:
+            m2 = 0
+        two_sum(shift, delta, mean, mean_lo)
+        var[0] = m2 / count
+        job.statistics[STATISTICS_M2 * job.channels + channel] = m2
+        if not again and delta * delta > job.kernels.shift_limit * var[0]:
+            for k in range(job.fold):
+                job.x_shift[channel + k * job.channels] = mean[0]
+            return True
+    if not job.statistics_only:
+        job.statistics[STATISTICS_RSTD * job.channels + channel] = 1 / sqrt(var[0] + job.eps)
+        normalizer(job, channel, values)
+        write_coefficients(job, channel, values)
+    return False
+
+
+cdef bint finish_backward(Job *job, int64_t channel, bint again) noexcept nogil:
+    """dgamma, dbeta and the coefficients of dx. The sums are of e = g - shift and of e * (x - mean_hi); as the
+    deviations x - mean add to zero, sum(e * (x - mean)) is sum(g * (x - mean)), and an offset of g costs no digits."""
+    cdef double count = <double>(job.outer * job.inner), sum_e, sum_ed, rstd
+    cdef double values[FASTBN_PLANES]
+    add_blocks(job, channel, &sum_e, &sum_ed)
+    normalizer(job, channel, values)
+    rstd = job.statistics[STATISTICS_RSTD * job.channels + channel]
+    sum_ed -= values[FASTBN_MEAN_LO] * sum_e
+    job.dbeta[channel] = count * job.dy_shift[channel] + sum_e
+    job.dgamma[channel] = rstd * sum_ed
+    two_sum(job.dy_shift[channel], sum_e / count, &values[FASTBN_GRADIENT_HI], &values[FASTBN_GRADIENT_LO])
+    values[FASTBN_SLOPE] = rstd * rstd * (sum_ed / count)
+    write_coefficients(job, channel, values)
+    return False
+
+
+# ----------------------------------------------------------------------------------------------------
+# workers: what a thread does with a range of units
+
+cdef void set_shifts(Job *job, int64_t channel, double first) noexcept nogil:
+    """Shifts of a channel, from the first x or (backward) the first g. With given statistics the deviations of x do not
+    add to zero, so g must not be shifted."""
+    cdef bint backward = job.dy.data != NULL
+    cdef double x = usable_shift(first), g = x if job.training else 0
+    cdef int64_t k
+    if backward:
+        x = job.statistics[STATISTICS_MEAN * job.channels + channel]
+    for k in range(job.fold):
+        job.x_shift[channel + k * job.channels] = x
+        job.dy_shift[channel + k * job.channels] = g
+
+
+cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
+    """The shifts of a range of channels. The kernels give the first values: sums over one value with shifts of 0."""
+    cdef fastbn_block b
+    cdef int64_t channel, k
+    cdef double values[FASTBN_PLANES]
+    if job.dy.data != NULL:  # where an activation has let the gradient pass is found from x
+        for channel in range(first, last):
+            normalizer(job, channel, values)
+            write_coefficients(job, channel, values)
+    memset(job.x_shift + first, 0, (last - first) * sizeof(double))
+    memset(job.dy_shift + first, 0, (last - first) * sizeof(double))
+    if job.planar:
+        b.rows = b.columns = 1
+        b.channels = last - first
+        place(job, &b, 0, first, 0, False)
+        b.sums = job.sums + first
+        job.reduce(&b)
+    else:
+        memset(job.sums, 0, 2 * job.width * sizeof(double))
+        channel = 0
+        while channel < job.channels:  # whole groups: a mask has no address for a single channel
+            b.rows = 1
+            b.columns = min(GROUP_COLUMNS, job.channels - channel)
+            place(job, &b, 0, channel, 0, False)
+            b.sums = job.sums + channel
+            if job.packed:
+                run_packed(job, job.reduce, &b, thread)
+            else:
+                job.reduce(&b)
+            channel += b.columns
+    for channel in range(first, last):
+        set_shifts(job, channel, job.sums[channel])
+
+
+cdef void reduce_units(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
+    cdef int64_t unit, channel
+    for unit in range(first, last):
+        if job.planar:
+            channel = unit // job.blocks * job.group
+            run_planar(job, job.reduce, thread, channel, min(job.group, job.channels - channel), unit % job.blocks,
+                       False)
+        else:
+            run_interleaved(job, job.reduce, thread, unit // job.groups, unit % job.groups, False)
+
+
+cdef void map_units(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
+    """From the last unit to the first: what reduce has read last is still in the cache."""
+    cdef int64_t unit, channel
+    for unit in range(job.units - 1 - first, job.units - 1 - last, -1):
+        if job.planar:
+            channel = unit // job.blocks * job.group
+            run_planar(job, job.map, thread, channel, min(job.group, job.channels - channel), unit % job.blocks, True)
+        else:
+            run_interleaved(job, job.map, thread, unit // job.groups, unit % job.groups, True)
+
+
+cdef void finish_channels(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
+    cdef int64_t channel
+    for channel in range(first, last):
+        job.redo[channel] = job.finish(job, channel, False)
+
+
+cdef void finish_redone(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
+    cdef int64_t channel
+    for channel in range(first, last):
+        if job.redo[channel]:
+            job.finish(job, channel, True)
+
+
+cdef void whole_groups(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
+    """All three steps for a range of groups of planar channels, group by group."""
+    cdef int64_t group, channel, channels, block
+    for group in range(first, last):
+        channel = group * job.group
+        channels = min(job.group, job.channels - channel)
+        shift_channels(job, thread, channel, channel + channels)
+        for block in range(job.blocks):
+            run_planar(job, job.reduce, thread, channel, channels, block, False)
+        finish_channels(job, thread, channel, channel + channels)
+        if any_redo(job, channel, channel + channels):
+            for block in range(job.blocks):
+                run_planar(job, job.reduce, thread, channel, channels, block, False)
+            finish_redone(job, thread, channel, channel + channels)
+        if job.map != NULL:
+            for block in range(job.blocks - 1, -1, -1):
+                run_planar(job, job.map, thread, channel, channels, block, True)
+
+
+cdef bint any_redo(Job *job, int64_t first, int64_t last) noexcept nogil:
+    cdef int64_t channel
+    for channel in range(first, last):
+        if job.redo[channel]:
+            return True
+    return False
+
+
+# ----------------------------------------------------------------------------------------------------
+# the job as a whole
+
+cdef bint is_strided(Job *job, const Array *array) noexcept nogil:
+    """Whether rows of the array are not rows of a block: adjacent values."""
+    cdef int64_t size = job.kernels.itemsize
+    if array.data == NULL:
+        return False
+    if job.planar:
+        return job.inner > 1 and array.inner != size
+    return array.channel != size or (job.fold > 1 and job.outer > 1 and array.outer != job.channels * size)
+
+
+cdef int64_t gcd(int64_t a, int64_t b) noexcept nogil:
+    while b:
+        a, b = b, a % b
+    return a
+
+
+cdef int64_t fold_of(bint planar, int64_t channels) noexcept nogil:
+    """Rows of few interleaved channels that make whole vectors together."""
+    return 1 if planar or channels >= FOLD_BELOW else FASTBN_LANES // gcd(channels, FASTBN_LANES)
+
+
+cdef bint balanced(int64_t channels, int threads) noexcept nogil:
+    """Whether whole channels keep all threads busy: at most a quarter of the time lost to the last round."""
+    return 4 * ceil_div(channels, threads) * threads <= 5 * channels
+
+
+cdef void cut(Job *job) noexcept nogil:
+    """Fix blocks and units. Nothing that cuts a sum depends on anything but the shape."""
+    cdef int64_t rows, values
+    job.fold = fold_of(job.planar, job.channels)
+    job.width = job.fold * job.channels
+    job.segments = 1
+    job.by_channel = False
+    if job.planar:
+        if job.inner > FASTBN_PLANAR_BLOCK:
+            job.segments = ceil_div(job.inner, FASTBN_PLANAR_BLOCK)
+            job.rows_per_block = 1
+        else:
+            job.rows_per_block = min(job.outer, FASTBN_PLANAR_BLOCK // job.inner)
+        job.blocks = job.segments * ceil_div(job.outer, job.rows_per_block)
+        job.by_channel = job.reduce != NULL and balanced(job.channels, job.threads)
+        values = job.outer * job.inner if job.by_channel else job.rows_per_block * min(job.inner, FASTBN_PLANAR_BLOCK)
+        job.group = max(1, min(UNIT_BYTES // (values * job.kernels.itemsize), job.channels // job.threads))
+        job.groups = ceil_div(job.channels, job.group)
+    else:
+        rows = job.outer // job.fold
+        job.blocks = ceil_div(rows, FASTBN_INTERLEAVED_BLOCK) + (rows * job.fold < job.outer)
+        job.group = GROUP_COLUMNS if job.fold == 1 else job.width
+        job.groups = ceil_div(job.width, job.group)
+    job.units = job.groups * job.blocks
+    job.packed = (is_strided(job, &job.x) or is_strided(job, &job.residual) or is_strided(job, &job.dy)
+                  or is_strided(job, &job.y) or is_strided(job, &job.dx) or is_strided(job, &job.dresidual))
+    # Streaming pays where y is too large to be found in a cache later, and runs are long enough to fill whole lines.
+    job.stream = (job.y.data != NULL and job.y.data != job.x.data and job.residual.data == NULL
+                  and job.outer * job.channels * job.inner * job.kernels.itemsize >= STREAM_BYTES
+                  and (not job.planar or job.inner * job.kernels.itemsize >= 1024))
+
+
+cdef inline int64_t aligned(int64_t size) noexcept nogil:
+    return ceil_div(size, FASTBN_ALIGNMENT) * FASTBN_ALIGNMENT
+
+
+cdef char *take(char **cursor, int64_t size) noexcept nogil:
+    cdef char *part = cursor[0]
+    cursor[0] += aligned(size)
+    return part
+
+
+cdef int64_t lay_out(Job *job, char *memory) noexcept nogil:
+    """Divide the scratch; returns its size. Called twice: to measure and to place."""
+    cdef char *cursor = memory
+    job.x_shift = <double *>take(&cursor, job.width * sizeof(double))
+    job.dy_shift = <double *>take(&cursor, job.width * sizeof(double))
+    job.coefficients = take(&cursor, FASTBN_PLANES * job.width * job.kernels.coefficient_size)
+    job.redo = take(&cursor, job.channels)
+    job.sums = <double *>take(&cursor, sums_size(job) if job.reduce != NULL else 0)
+    job.packing = cursor
+    job.packing_size = 0
+    if job.packed:  # at most three operands are read and two written; a row of a group may exceed PACKED_VALUES
+        job.packing_size = 5 * aligned(max(PACKED_VALUES, 0 if job.planar else job.group) * job.kernels.itemsize)
+    cursor += job.packing_size * job.threads
+    return cursor - memory
+
+
+cdef int64_t sums_size(Job *job) noexcept nogil:
+    """Bytes: two planes of `width` sums for each block."""
+    return 2 * job.blocks * job.width * sizeof(double)
+
+
+cdef void reduce_phase(Job *job) noexcept nogil:
+    if not job.planar:  # these kernels add
+        memset(job.sums, 0, sums_size(job))
+    phase(job, reduce_units, job.units, job.threads)
+
+
+cdef void run_in_phases(Job *job) noexcept nogil:
+    cdef int finishers = 1 if job.blocks * job.width < SERIAL_SUMS else job.threads
+    if job.reduce != NULL:
+        phase(job, shift_channels, job.channels, finishers if job.planar else 1)
+        reduce_phase(job)
+    phase(job, finish_channels, job.channels, finishers)
+    if job.reduce != NULL and any_redo(job, 0, job.channels):
+        reduce_phase(job)  # channels that keep their shift get the same sums again
+        phase(job, finish_redone, job.channels, finishers)
+    if job.map != NULL:
+        phase(job, map_units, job.units, job.threads)
+
+
+cdef bint run(Job *job) noexcept nogil:
+    """Carry the job out. False if there was no memory for the scratch: then nothing has been written."""
+    cdef void *memory = NULL
+    cut(job)
+    if posix_memalign(&memory, FASTBN_ALIGNMENT, lay_out(job, NULL)) != 0:
+        return False
+    lay_out(job, <char *>memory)
+    if job.by_channel:
+        phase(job, whole_groups, job.groups, job.threads)
+    else:
+        run_in_phases(job)
+    free(memory)
+    return True

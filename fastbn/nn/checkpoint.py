@@ -1,0 +1,109 @@
+"""Checkpoints: one safetensors file with everything that resuming needs to give the numbers of not stopping."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastbn.nn.layers import LayerLike, State
+from fastbn.nn.optim import SGD
+
+VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint, is damaged, or belongs to another model."""
+
+
+@dataclass
+class Checkpoint:
+    """What was in a file: `tensors` named ``model.<key>`` and ``optimizer.<key>``, and the rest as in `save`."""
+
+    path: Path
+    tensors: State
+    rng_state: dict[str, Any]
+    history: list[dict[str, Any]]
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def restore(self, model: LayerLike, optimizer: SGD, rng: np.random.Generator) -> None:
+        """Put the state back; CheckpointError if it does not fit."""
+        try:
+            for prefix, owner in (("model.", model), ("optimizer.", optimizer)):
+                owner.load_state_dict(
+                    {name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)}
+                )
+            rng.bit_generator.state = self.rng_state
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{self.path}: does not fit this model: {error}") from error
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file so that `path` holds the old content or the new one whatever happens, never a part."""
+    path = Path(path).resolve()  # a link stays a link
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same directory: os.replace needs one file system
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def checksum(tensors: State, text: str) -> int:
+    crc = zlib.crc32(text.encode())
+    for name, x in sorted(tensors.items()):
+        crc = zlib.crc32(x.tobytes(), zlib.crc32(f"{name} {x.dtype} {x.shape}".encode(), crc))
+    return crc
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: LayerLike,
+    optimizer: SGD,
+    rng: np.random.Generator,
+    history: list[dict[str, Any]],
+    config: dict[str, Any] | None = None,
+) -> None:
+    """Write parameters, running statistics, optimizer, random state, finished epochs and the caller's `config`."""
+    from safetensors.numpy import save as to_bytes
+
+    tensors = {f"model.{name}": np.asarray(x) for name, x in model.state_dict().items()}
+    tensors |= {f"optimizer.{name}": x for name, x in optimizer.state_dict().items()}
+    text = json.dumps(
+        {"version": VERSION, "rng_state": rng.bit_generator.state, "history": history, "config": config or {}}
+    )
+    # safetensors finds a file that is too short or too long, but not a flipped bit.
+    metadata = {"fastbn": text, "crc32": str(checksum(tensors, text))}
+    write_atomically(path, to_bytes(tensors, metadata))
+
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint; CheckpointError, with one line that names the file and the reason, if that is not possible."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: damaged, or not a safetensors file ({error})") from error
+    text = metadata.get("fastbn")
+    if text is None:
+        raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of fastbn")
+    if metadata.get("crc32") != str(checksum(tensors, text)):
+        raise CheckpointError(f"{path}: damaged (wrong checksum)")
+    content = json.loads(text)
+    if content.pop("version") != VERSION:
+        raise CheckpointError(f"{path}: written by another version of fastbn")
+    return Checkpoint(path, tensors, **content)

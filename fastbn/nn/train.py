@@ -1,0 +1,117 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fastbn.nn import checkpoint
+from fastbn.nn.data import Dataset
+from fastbn.nn.layers import Array, Sequential
+from fastbn.nn.loss import softmax_cross_entropy
+from fastbn.nn.optim import SGD
+
+Epoch = dict[str, Any]  # one row of the history: the keys of `fit`'s table
+
+HEADER = f"{'epoch':>5} {'train loss':>11} {'train acc':>10} {'test acc':>9} {'images/s':>9}"
+
+
+def row(epoch: Epoch) -> str:
+    return (
+        f"{epoch['epoch']:>5} {epoch['train_loss']:>11.4f} {epoch['train_accuracy']:>10.2%}"
+        f" {epoch['test_accuracy']:>9.2%} {epoch['images_per_second']:>9,.0f}"
+    )
+
+
+def evaluate(model: Sequential, x: Array, labels: Array, batch_size: int = 256) -> float:
+    """Share of images classified correctly, in inference mode."""
+    model.eval()
+    correct = 0
+    for start in range(0, len(x), batch_size):
+        batch = slice(start, start + batch_size)
+        correct += int((model.forward(x[batch]).argmax(axis=1) == labels[batch]).sum())
+    return correct / len(x)
+
+
+@np.errstate(over="ignore", invalid="ignore")  # training that diverges ends with a row that shows it
+def fit(
+    model: Sequential,
+    optimizer: SGD,
+    data: Dataset,
+    *,
+    epochs: int,
+    batch_size: int,
+    rng: np.random.Generator,
+    history: list[Epoch] | None = None,
+    save_to: str | os.PathLike[str] | None = None,
+    config: dict[str, Any] | None = None,
+    log: Callable[[str], object] = print,
+) -> list[Epoch]:
+    """Train until the history has `epochs` epochs; a table goes to `log`, a progress bar to a terminal.
+
+    Parameters
+    ----------
+    batch_size : int
+        The most images of a batch: the batches of an epoch are of nearly equal size.
+    rng : numpy.random.Generator
+        Shuffles. The same state gives the same result, bit for bit, on the same machine.
+    history : list of dict, optional
+        Epochs done before, when a checkpoint was restored. Epochs are appended to it.
+    save_to : path, optional
+        Checkpoint, written at the start and after each epoch. An interruption at any moment (KeyboardInterrupt
+        passes through) leaves the last finished epoch there.
+    config : dict, optional
+        Kept in the checkpoint.
+
+    Returns
+    -------
+    history : list of dict
+        ``epoch``, ``train_loss``, ``train_accuracy`` (means over the epoch, while the model learned), ``test_accuracy``
+        and ``images_per_second`` of training. It ends early, with a loss that is not finite, if training diverges.
+    """
+    from tqdm import tqdm
+
+    history = [] if history is None else history
+    log(HEADER)
+    for epoch in history:
+        log(row(epoch))
+    if save_to is not None:
+        checkpoint.save(save_to, model, optimizer, rng, history, config)
+
+    images = len(data.x_train)
+    for number in range(len(history) + 1, epochs + 1):
+        model.train()
+        loss_sum, correct, start = 0.0, 0, time.perf_counter()
+        # Equal parts, because a last batch of one image could have no variance to normalize with.
+        batches = np.array_split(rng.permutation(images), math.ceil(images / batch_size))
+        for batch in tqdm(batches, desc=f"epoch {number}/{epochs}", unit="batch", leave=False, disable=None):
+            labels = data.y_train[batch]
+            logits = model.forward(data.x_train[batch])
+            loss, dlogits = softmax_cross_entropy(logits, labels)
+            loss_sum += loss * len(batch)
+            correct += int((logits.argmax(axis=1) == labels).sum())
+            if not math.isfinite(loss):
+                break
+            model.backward(dlogits)
+            optimizer.step()
+        speed = images / (time.perf_counter() - start)
+        history.append(
+            {
+                "epoch": number,
+                "train_loss": loss_sum / images,
+                "train_accuracy": correct / images,
+                "test_accuracy": evaluate(model, data.x_test, data.y_test),
+                "images_per_second": speed,
+            }
+        )
+        log(row(history[-1]))
+        if not math.isfinite(loss_sum):
+            break
+        if save_to is not None:
+            checkpoint.save(save_to, model, optimizer, rng, history, config)
+    return history

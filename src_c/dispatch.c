@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: MIT
+// The tables of ISAs, dtypes and activations as C data, and the floating-point mode. No arithmetic here.
+#include "fastbn.h"
+
+#include <assert.h>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#define ON_x86_64(...) __VA_ARGS__
+#define ON_aarch64(...)
+#elif defined(__aarch64__)
+#define ON_x86_64(...)
+#define ON_aarch64(...) __VA_ARGS__
+#else
+#error "fastbn: isa.def has no row for this architecture"
+#endif
+
+#define FASTBN_ISA(architecture, name, flags, test) ON_##architecture(extern const fastbn_isa fastbn_isa_##name;)
+#include "isa.def"
+#undef FASTBN_ISA
+
+static const fastbn_isa *const isas[] = {
+#define FASTBN_ISA(architecture, name, flags, test) ON_##architecture(&fastbn_isa_##name, )
+#include "isa.def"
+#undef FASTBN_ISA
+};
+
+enum { ISA_COUNT = sizeof isas / sizeof isas[0] };
+
+int fastbn_isa_count(void)
+{
+    return ISA_COUNT;
+}
+
+const fastbn_isa *fastbn_get_isa(int index)
+{
+    assert(0 <= index && index < ISA_COUNT);
+    return isas[index];
+}
+
+int fastbn_isa_available(int index)
+{
+    const int available[] = {
+#define FASTBN_ISA(architecture, name, flags, test) ON_##architecture((test) != 0, )
+#include "isa.def"
+#undef FASTBN_ISA
+    };
+    assert(0 <= index && index < ISA_COUNT);
+    return available[index];
+}
+
+static const char *const dtypes[][2] = {
+#define FASTBN_DTYPE(code, name, memory, arithmetic) {#code, name},
+#include "dtypes.def"
+#undef FASTBN_DTYPE
+};
+
+int fastbn_dtype_count(void)
+{
+    return sizeof dtypes / sizeof dtypes[0];
+}
+
+const char *fastbn_dtype_code(int index)
+{
+    return dtypes[index][0];
+}
+
+const char *fastbn_dtype_name(int index)
+{
+    return dtypes[index][1];
+}
+
+static const char *const activations[] = {
+#define FASTBN_ACTIVATION(name, forward, passes) #name,
+#include "activations.def"
+#undef FASTBN_ACTIVATION
+};
+
+int fastbn_activation_count(void)
+{
+    return sizeof activations / sizeof activations[0];
+}
+
+const char *fastbn_activation_name(int index)
+{
+    return activations[index];
+}
+
+#if defined(__x86_64__)
+uint64_t fastbn_enter(void)
+{
+    const unsigned saved = _mm_getcsr();
+    _mm_setcsr(0x1f80);  // every exception masked, round to nearest, denormals are numbers
+    return saved;
+}
+
+void fastbn_leave(uint64_t saved)
+{
+    _mm_setcsr((unsigned)saved);
+}
+#else
+uint64_t fastbn_enter(void)
+{
+    uint64_t saved;
+    const uint64_t standard = 0;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved));
+    __asm__ volatile("msr fpcr, %0" : : "r"(standard));
+    return saved;
+}
+
+void fastbn_leave(uint64_t saved)
+{
+    __asm__ volatile("msr fpcr, %0" : : "r"(saved));
+}
+#endif

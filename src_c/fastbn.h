@@ -1,0 +1,114 @@
+/* SPDX-License-Identifier: MIT */
+/* The contract between the kernels (src_c) and their schedule (fastbn/_schedule.pxi).
+ *
+ * A kernel is what one core does to one block of memory. It allocates nothing, knows nothing of threads and checks
+ * nothing but by assert. A block is a matrix:
+ *
+ *   planar       for each of some channels, rows that are runs of adjacent values of that channel
+ *   interleaved  one matrix for many channels: a column belongs to one channel
+ *
+ * The values of a row are adjacent in memory; rows, and channels, are any number of bytes apart. */
+#ifndef FASTBN_H
+#define FASTBN_H
+
+#include <stdint.h>
+
+/* What cuts a partial sum is fixed here and nowhere else: changing one of these three changes the bits of results. */
+enum {
+    FASTBN_LANES = 16,              /* planar: column j of a row adds to lane j % 16 */
+    FASTBN_PLANAR_BLOCK = 4096,     /* planar: at most this many values before the lanes are closed */
+    FASTBN_INTERLEAVED_BLOCK = 512, /* interleaved: rows before the sums of a column are closed */
+};
+
+/* Alignment of our own buffers: a cache line, and the widest register. */
+enum { FASTBN_ALIGNMENT = 64 };
+
+/* Planes of per-channel coefficients in the dtype of the arithmetic; the first four serve forward. */
+enum {
+    FASTBN_MEAN_HI,
+    FASTBN_MEAN_LO,
+    FASTBN_SCALE,
+    FASTBN_BETA,
+    FASTBN_GRADIENT_HI, /* mean of g, split like the mean of x */
+    FASTBN_GRADIENT_LO,
+    FASTBN_SLOPE, /* rstd^2 * mean(g * (x - mean)) */
+    FASTBN_PLANES
+};
+
+/* One array of a block. data is NULL where an optional array is absent. */
+typedef struct fastbn_operand {
+    char *data;
+    int64_t row, channel; /* bytes from a row to the next; planar: and from a channel to the next */
+} fastbn_operand;
+
+/* Arguments of every kernel; each uses the fields that its description names. In place (y is x, y is residual, dx is
+ * dy) is legal: a kernel loads before it stores. */
+typedef struct fastbn_block {
+    int64_t rows, columns, channels; /* channels: planar only */
+    fastbn_operand x, residual, dy;  /* read */
+    fastbn_operand y, dx, dresidual; /* written */
+    fastbn_operand mask;             /* a bit a value, set where the gradient passes; fastbn_mask_stride(columns) */
+    /* One value for each channel (planar) or column (interleaved); all planes are `plane` elements apart. */
+    const void *coefficients;         /* FASTBN_PLANES planes */
+    const double *x_shift, *dy_shift; /* subtracted before summing */
+    double *sums;                     /* two planes of sums: written (planar) or added to (interleaved) */
+    int64_t plane;
+    int activation; /* row of activations.def */
+    int training;   /* backward_apply: whether mean and variance depend on x */
+    int stream;     /* apply, backward_apply: store past the caches */
+} fastbn_block;
+
+/* A strided copy of a matrix. Strides in bytes. */
+typedef struct fastbn_copy2d {
+    int64_t rows, columns;
+    const char *source;
+    int64_t source_row, source_column;
+    char *destination;
+    int64_t destination_row, destination_column;
+} fastbn_copy2d;
+
+typedef void fastbn_kernel(const fastbn_block *);
+
+/* What an ISA offers for a dtype. */
+typedef struct fastbn_kernels {
+    int64_t itemsize;                 /* bytes of a value of x */
+    int64_t coefficient_size;         /* bytes of a coefficient */
+    double shift_limit;               /* sums are redone if (mean - x_shift)^2 exceeds so many variances */
+    fastbn_kernel *stats[2];          /* sums of d and d^2, d = x - x_shift;  [0] interleaved, [1] planar */
+    fastbn_kernel *apply[2];          /* y (and mask) from x, residual, coefficients */
+    fastbn_kernel *backward_stats[2]; /* sums of e and e*d, e = g - dy_shift, d = x - x_shift */
+    fastbn_kernel *backward_apply[2]; /* dx (and dresidual) from x, dy, coefficients, mask */
+    /* Round the coefficients of one channel (float64, means as unevaluated sums hi + lo) into their planes. */
+    void (*round_coefficients)(const double values[FASTBN_PLANES], void *coefficients, int64_t plane);
+    void (*copy2d)(const fastbn_copy2d *);
+} fastbn_kernels;
+
+typedef struct fastbn_isa {
+    const char *name;
+    const fastbn_kernels *const *kernels; /* one a row of dtypes.def */
+    /* memcpy, with streaming stores if asked. */
+    void (*copy)(char *destination, const char *source, int64_t bytes, int stream);
+} fastbn_isa;
+
+/* dispatch.c: the tables. Rows of isa.def that do not belong to this architecture are not counted. */
+int fastbn_isa_count(void);
+const fastbn_isa *fastbn_get_isa(int index);
+int fastbn_isa_available(int index); /* on this CPU and operating system */
+int fastbn_dtype_count(void);
+const char *fastbn_dtype_code(int index);
+const char *fastbn_dtype_name(int index);
+int fastbn_activation_count(void);
+const char *fastbn_activation_name(int index);
+
+/* Bytes of a row of the mask: whole groups of 16 columns, so that no two groups share a byte. */
+static inline int64_t fastbn_mask_stride(int64_t columns)
+{
+    return (columns + FASTBN_LANES - 1) / FASTBN_LANES * (FASTBN_LANES / 8);
+}
+
+/* The floating-point control register: set to the default (round to nearest, denormals kept, no traps); returns what it
+ * was, for fastbn_leave. Another library may have set flush-to-zero in this thread. */
+uint64_t fastbn_enter(void);
+void fastbn_leave(uint64_t saved);
+
+#endif

@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: MIT
+#define ISA avx2
+#include "kernels/table.inc"

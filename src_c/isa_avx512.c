@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: MIT
+#define ISA avx512
+#include "kernels/table.inc"

@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: MIT
+#define ISA baseline
+#include "kernels/table.inc"

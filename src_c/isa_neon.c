@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: MIT
+#define ISA neon
+#include "kernels/table.inc"

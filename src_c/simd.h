@@ -1,0 +1,316 @@
+/* SPDX-License-Identifier: MIT */
+/* Vectors of the width that the compiler's flags allow: GNU vector types, so that + - * < & are written as such, and
+ * the few operations that they lack. Each has a plain version; intrinsics stand where a compiler gets it wrong.
+ *
+ * "head" operations touch the first n values only, 0 <= n <= WIDTH: they never read or write beyond a buffer. */
+#ifndef FASTBN_SIMD_H
+#define FASTBN_SIMD_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define SIMD_BYTES 64
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#define SIMD_BYTES 32
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#define SIMD_BYTES 16
+#else
+#define SIMD_BYTES 16
+#endif
+
+#define INLINE static inline __attribute__((always_inline, unused))
+
+/* for each k in 0 .. count-1, unrolled: count is a small constant */
+#define EACH(k, count) _Pragma("GCC unroll 16") for (int k = 0; k < (count); k++)
+
+enum { WIDTH_f32 = SIMD_BYTES / 4, WIDTH_f64 = SIMD_BYTES / 8 };
+
+typedef float vec_f32 __attribute__((vector_size(SIMD_BYTES)));
+typedef int32_t mask_f32 __attribute__((vector_size(SIMD_BYTES))); /* what a comparison gives: 0 or -1 */
+typedef double vec_f64 __attribute__((vector_size(SIMD_BYTES)));
+typedef int64_t mask_f64 __attribute__((vector_size(SIMD_BYTES)));
+
+INLINE int clamp(int64_t n, int width)
+{
+    return n < 0 ? 0 : n < width ? (int)n : width;
+}
+
+/* x - 0 and not 0 + x: the sign of -0 stays */
+INLINE vec_f32 splat_f32(float x)
+{
+    return x - (vec_f32){0};
+}
+
+INLINE vec_f64 splat_f64(double x)
+{
+    return x - (vec_f64){0};
+}
+
+INLINE vec_f32 select_f32(mask_f32 condition, vec_f32 yes, vec_f32 no)
+{
+    return (vec_f32)(((mask_f32)yes & condition) | ((mask_f32)no & ~condition));
+}
+
+INLINE vec_f64 select_f64(mask_f64 condition, vec_f64 yes, vec_f64 no)
+{
+    return (vec_f64)(((mask_f64)yes & condition) | ((mask_f64)no & ~condition));
+}
+
+INLINE vec_f32 load_f32(const float *p)
+{
+    vec_f32 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE vec_f64 load_f64(const double *p)
+{
+    vec_f64 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store_f32(float *p, vec_f32 v)
+{
+    memcpy(p, &v, sizeof v);
+}
+
+INLINE void store_f64(double *p, vec_f64 v)
+{
+    memcpy(p, &v, sizeof v);
+}
+
+/* p is aligned to SIMD_BYTES; finish with fence() */
+INLINE void stream_f32(float *p, vec_f32 v)
+{
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, (__m256)v);
+#elif defined(__SSE2__)
+    _mm_stream_ps(p, (__m128)v);
+#else
+    store_f32(p, v);
+#endif
+}
+
+INLINE void stream_f64(double *p, vec_f64 v)
+{
+    stream_f32((float *)p, (vec_f32)v);
+}
+
+INLINE void fence(void)
+{
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+/* the lanes below n */
+INLINE mask_f32 head_f32(int n)
+{
+    mask_f32 lane;
+    EACH(k, WIDTH_f32) lane[k] = k;
+    return lane < n;
+}
+
+INLINE mask_f64 head_f64(int n)
+{
+    mask_f64 lane;
+    EACH(k, WIDTH_f64) lane[k] = k;
+    return lane < (int64_t)n;
+}
+
+INLINE vec_f64 keep_head_f64(vec_f64 v, int n)
+{
+    return (vec_f64)((mask_f64)v & head_f64(n));
+}
+
+/* n known to be a whole vector when compiled */
+#define WHOLE(n, width) (__builtin_constant_p(n) && (n) == (width))
+
+/* Tails without masked instructions: out of line, for they are rare and many. */
+static __attribute__((noinline, unused)) void copy_some(void *destination, const void *source, size_t bytes)
+{
+    const char *const s = source;
+    char *const d = destination;
+    for (size_t i = 0; i < bytes; i++) d[i] = s[i];
+}
+
+/* lanes from n on are 0 */
+INLINE vec_f32 load_head_f32(const float *p, int n)
+{
+    if (WHOLE(n, WIDTH_f32)) return load_f32(p);
+#if defined(__AVX512F__)
+    return (vec_f32)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#elif defined(__AVX2__)
+    return (vec_f32)_mm256_maskload_ps(p, (__m256i)head_f32(n));
+#else
+    float lanes[WIDTH_f32] = {0};
+    copy_some(lanes, p, n * sizeof lanes[0]);
+    return load_f32(lanes);
+#endif
+}
+
+INLINE vec_f64 load_head_f64(const double *p, int n)
+{
+    if (WHOLE(n, WIDTH_f64)) return load_f64(p);
+#if defined(__AVX512F__)
+    return (vec_f64)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+#elif defined(__AVX2__)
+    return (vec_f64)_mm256_maskload_pd(p, (__m256i)head_f64(n));
+#else
+    double lanes[WIDTH_f64] = {0};
+    copy_some(lanes, p, n * sizeof lanes[0]);
+    return load_f64(lanes);
+#endif
+}
+
+INLINE void store_head_f32(float *p, vec_f32 v, int n)
+{
+    if (WHOLE(n, WIDTH_f32)) {
+        store_f32(p, v);
+        return;
+    }
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#elif defined(__AVX2__)
+    _mm256_maskstore_ps(p, (__m256i)head_f32(n), (__m256)v);
+#else
+    copy_some(p, &v, n * sizeof *p);
+#endif
+}
+
+INLINE void store_head_f64(double *p, vec_f64 v, int n)
+{
+    if (WHOLE(n, WIDTH_f64)) {
+        store_f64(p, v);
+        return;
+    }
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
+#elif defined(__AVX2__)
+    _mm256_maskstore_pd(p, (__m256i)head_f64(n), (__m256d)v);
+#else
+    copy_some(p, &v, n * sizeof *p);
+#endif
+}
+
+/* a comparison's result as bits, lane 0 the lowest, and back */
+INLINE unsigned to_bits_f32(mask_f32 m)
+{
+#if defined(__AVX512F__)
+    return (unsigned)_mm512_movepi32_mask((__m512i)m);
+#elif defined(__AVX2__)
+    return (unsigned)_mm256_movemask_ps((__m256)m);
+#elif defined(__SSE2__)
+    return (unsigned)_mm_movemask_ps((__m128)m);
+#else
+    unsigned bits = 0;
+    EACH(k, WIDTH_f32) bits |= (unsigned)(m[k] & 1) << k;
+    return bits;
+#endif
+}
+
+INLINE unsigned to_bits_f64(mask_f64 m)
+{
+#if defined(__AVX512F__)
+    return (unsigned)_mm512_movepi64_mask((__m512i)m);
+#elif defined(__AVX2__)
+    return (unsigned)_mm256_movemask_pd((__m256d)m);
+#elif defined(__SSE2__)
+    return (unsigned)_mm_movemask_pd((__m128d)m);
+#else
+    unsigned bits = 0;
+    EACH(k, WIDTH_f64) bits |= (unsigned)(m[k] & 1) << k;
+    return bits;
+#endif
+}
+
+INLINE mask_f32 from_bits_f32(unsigned bits)
+{
+#if defined(__AVX512F__)
+    return (mask_f32)_mm512_movm_epi32((__mmask16)bits);
+#else
+    mask_f32 one;
+    EACH(k, WIDTH_f32) one[k] = (int32_t)1 << k;
+    return ((int32_t)bits & one) != 0;
+#endif
+}
+
+INLINE mask_f64 from_bits_f64(unsigned bits)
+{
+#if defined(__AVX512F__)
+    return (mask_f64)_mm512_movm_epi64((__mmask8)bits);
+#else
+    mask_f64 one;
+    EACH(k, WIDTH_f64) one[k] = (int64_t)1 << k;
+    return ((int64_t)bits & one) != 0;
+#endif
+}
+
+/* WIDTH_f64 values from memory, as float64 */
+INLINE vec_f64 widen_f32(const float *p)
+{
+#if defined(__AVX512F__)
+    return (vec_f64)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+#elif defined(__AVX2__)
+    return (vec_f64)_mm256_cvtps_pd(_mm_loadu_ps(p));
+#else
+    vec_f64 v;
+    EACH(k, WIDTH_f64) v[k] = p[k];
+    return v;
+#endif
+}
+
+INLINE vec_f64 widen_f64(const double *p)
+{
+    return load_f64(p);
+}
+
+INLINE vec_f64 widen_head_f32(const float *p, int n)
+{
+    if (WHOLE(n, WIDTH_f64)) return widen_f32(p);
+#if defined(__AVX512F__)
+    return (vec_f64)_mm512_cvtps_pd(_mm256_maskz_loadu_ps((__mmask8)((1u << n) - 1), p));
+#elif defined(__AVX2__)
+    return (vec_f64)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)load_head_f32(p, n)));
+#else
+    float lanes[WIDTH_f64] = {0};
+    copy_some(lanes, p, n * sizeof lanes[0]);
+    return widen_f32(lanes);
+#endif
+}
+
+INLINE vec_f64 widen_head_f64(const double *p, int n)
+{
+    return load_head_f64(p, n);
+}
+
+/* the half of a vector that is its part-th run of WIDTH_f64 lanes, as float64 */
+INLINE vec_f64 widen_part_f32(vec_f32 v, int part)
+{
+#if defined(__AVX512F__)
+    const __m512 w = (__m512)v;
+    return (vec_f64)_mm512_cvtps_pd(part ? _mm512_extractf32x8_ps(w, 1) : _mm512_castps512_ps256(w));
+#elif defined(__AVX2__)
+    const __m256 w = (__m256)v;
+    return (vec_f64)_mm256_cvtps_pd(part ? _mm256_extractf128_ps(w, 1) : _mm256_castps256_ps128(w));
+#else
+    vec_f64 wide;
+    EACH(k, WIDTH_f64) wide[k] = v[part * WIDTH_f64 + k];
+    return wide;
+#endif
+}
+
+INLINE vec_f64 widen_part_f64(vec_f64 v, int part)
+{
+    (void)part;
+    return v;
+}
+
+#endif

@@ -1,0 +1,86 @@
+"""The product that every kernel is tested over. All lists come from the library; a new row of a table tests itself."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import fastbn
+from problems import MEMORY_ORDERS, make_parameters, make_random, shape_id
+
+ISAS = fastbn.runtime.available_isas()
+DTYPES = fastbn.runtime.dtypes()
+ACTIVATIONS = fastbn.runtime.activations()
+THREADS = (1, 2, 3, 5, 8)
+
+each_isa = pytest.mark.parametrize("isa", ISAS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+each_mode = pytest.mark.parametrize("training", (True, False), ids=("training", "inference"))
+with_or_without_residual = pytest.mark.parametrize("with_residual", (False, True), ids=("plain", "residual"))
+# One planar and one interleaved family, and one that is packed before the kernels see it.
+ORDERS = ("c-order", "channels-last", "every-other-channel")
+each_order = pytest.mark.parametrize("order", ORDERS)
+
+
+def each_shape(shapes: Any) -> Any:
+    return pytest.mark.parametrize("shape", shapes, ids=shape_id)
+
+
+class Problem(NamedTuple):
+    """Everything that a forward and a backward call take; arrays in one memory order."""
+
+    x: Any
+    dy: Any
+    residual: Any
+    gamma: Any
+    beta: Any
+    running: dict[str, Any]
+
+    def forward(self, activation: str, **options: Any) -> tuple[Any, Any]:
+        return fastbn.batchnorm_forward(
+            self.x, self.gamma, self.beta, activation=activation, residual=self.residual, **self.running, **options
+        )
+
+    def reference(self, activation: str) -> tuple[Any, Any]:
+        return fastbn.reference.batchnorm_forward(
+            self.x, self.gamma, self.beta, activation=activation, residual=self.residual, **self.running
+        )
+
+
+def make_problem(
+    shape: tuple[int, ...],
+    dtype: str,
+    *,
+    order: str = "c-order",
+    with_residual: bool = False,
+    training: bool = True,
+    offset: float = 0.0,
+    seed: int = 0,
+) -> Problem:
+    """A random problem with its channels on axis 1."""
+    move = MEMORY_ORDERS[order]
+    x = move(make_random(shape, 1, dtype, seed, offset), 1)
+    dy = move(make_random(shape, 1, dtype, seed + 1), 1)
+    residual = move(make_random(shape, 1, dtype, seed + 2), 1) if with_residual else None
+    gamma, beta = make_parameters(shape[1], np.float64 if dtype == "float64" else np.float32, seed + 3)
+    running = {}
+    if not training:
+        rng = np.random.default_rng(seed + 4)
+        mean = offset + rng.standard_normal(shape[1])
+        running = {"running_mean": mean, "running_var": rng.uniform(0.5, 2, shape[1]), "training": False}
+    return Problem(x, dy, residual, gamma, beta, running)
+
+
+def run(problem: Problem, activation: str, isa: str, threads: int) -> dict[str, Any]:
+    """Forward and backward; every result by name."""
+    with fastbn.runtime.isa(isa):
+        y, cache = problem.forward(activation, num_threads=threads)
+        gradients = fastbn.batchnorm_backward(problem.dy, cache, num_threads=threads)
+    dx, dgamma, dbeta = gradients
+    results = {"y": y, "mean": cache.mean, "rstd": cache.rstd, "dx": dx, "dgamma": dgamma, "dbeta": dbeta}
+    if problem.residual is not None:
+        results["dresidual"] = gradients.dresidual
+    return results

@@ -1,0 +1,158 @@
+"""Backward against finite differences (the reference) and against the reference (the kernels)."""
+
+import numpy as np
+import pytest
+
+import fastbn
+from combinations import (
+    ACTIVATIONS,
+    each_activation,
+    each_dtype,
+    each_isa,
+    each_mode,
+    each_order,
+    each_shape,
+    make_problem,
+    with_or_without_residual,
+)
+from problems import MEMORY_ORDERS, SHAPES, TAIL_SHAPES, make_random
+from tolerances import central_difference_atol, central_difference_step, dx_addends, dx_atol, sum_atol
+
+SEVERAL_VALUES = [shape for shape in SHAPES if np.prod(shape) > shape[1]]
+
+
+def check(problem, activation, y, cache, gradients, largest_from_addends=True):
+    """All gradients against the reference, which is told where the gradient passed: y may be a rounding away from 0."""
+    dtype, shape = problem.x.dtype, problem.x.shape
+    passes = np.ones(shape) if activation == "identity" else ~(y <= 0)
+    _, reference = problem.reference(activation)
+    expected = fastbn.reference.batchnorm_backward(problem.dy, reference, passes=passes)
+    dx, dgamma, dbeta = gradients
+    g = np.where(passes, problem.dy, 0).astype(np.float64)
+    centered = problem.x - reference.mean.reshape((1, -1) + (1,) * (len(shape) - 2))
+    for channel in range(shape[1]):
+        gamma = float(problem.gamma[channel])
+        if cache._training:
+            largest = dx_addends(problem.x[:, channel], g[:, channel], gamma, 1e-5)
+        else:
+            largest = float(np.abs(expected.dx[:, channel]).max())
+        error = np.abs(dx[:, channel] - expected.dx[:, channel]).max()
+        assert error <= dx_atol(dtype, largest), (channel, error)
+        count = g[:, channel].size
+        # sums are of g - g[0], so every term may be as large as the largest
+        terms = count * float(np.abs(g[:, channel]).max())
+        assert abs(float(dbeta[channel]) - expected.dbeta[channel]) <= sum_atol(dbeta.dtype, terms, count)
+        terms = 2 * float(np.abs(g[:, channel]).max() * np.abs(centered[:, channel]).sum() * reference.rstd[channel])
+        assert abs(float(dgamma[channel]) - expected.dgamma[channel]) <= sum_atol(dgamma.dtype, terms, count)
+    if problem.residual is not None:
+        np.testing.assert_array_equal(gradients.dresidual, np.where(passes, problem.dy, 0))
+
+
+@each_isa
+@each_dtype
+@each_order
+@each_activation
+@with_or_without_residual
+@each_mode
+@each_shape(SEVERAL_VALUES)
+def test_gradients_match_reference(isa, dtype, order, activation, with_residual, training, shape):
+    problem = make_problem(shape, dtype, order=order, with_residual=with_residual, training=training)
+    with fastbn.runtime.isa(isa):
+        y, cache = problem.forward(activation, num_threads=2)
+        gradients = fastbn.batchnorm_backward(problem.dy, cache, num_threads=2)
+    check(problem, activation, y, cache, gradients)
+
+
+@each_isa
+@each_dtype
+@each_order
+@with_or_without_residual
+@each_shape(TAIL_SHAPES)
+def test_gradients_of_every_tail(isa, dtype, order, with_residual, shape):
+    problem = make_problem(shape, dtype, order=order, with_residual=with_residual)
+    with fastbn.runtime.isa(isa):
+        y, cache = problem.forward("relu")
+        gradients = fastbn.batchnorm_backward(problem.dy, cache)
+    check(problem, "relu", y, cache, gradients)
+
+
+@each_isa
+@each_dtype
+@each_order
+@pytest.mark.parametrize("offset", [1e3, 1e6], ids=lambda v: f"offset{v:g}")
+def test_offsets_of_x_and_dy_cost_no_digits(isa, dtype, order, offset):
+    """Exact integers, so that the offset itself rounds nothing away; the reference gets them without the offset, for a
+    constant added to x or dy changes neither dx nor dgamma."""
+    rng = np.random.default_rng(5)
+    small_x, small_dy = rng.integers(-8, 9, (2, 8, 4, 9, 7)) / 4
+    move = MEMORY_ORDERS[order]
+    x, dy = (move((values + offset).astype(dtype), 1) for values in (small_x, small_dy))
+    assert np.array_equal(x.astype(np.float64) - offset, small_x)
+    _, reference = fastbn.reference.batchnorm_forward(small_x, np.ones(4), np.zeros(4))
+    expected = fastbn.reference.batchnorm_backward(small_dy, reference)
+    with fastbn.runtime.isa(isa):
+        _, cache = fastbn.batchnorm_forward(x, np.ones(4), np.zeros(4))
+        dx, dgamma, dbeta = fastbn.batchnorm_backward(dy, cache)
+    for channel in range(4):
+        largest = float(np.abs(expected.dx[:, channel]).max())
+        assert np.abs(dx[:, channel] - expected.dx[:, channel]).max() <= dx_atol(dtype, largest)
+    np.testing.assert_allclose(dgamma, expected.dgamma, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(dbeta, dy.astype(np.float64).sum(axis=(0, 2, 3)), rtol=1e-15)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@each_mode
+@pytest.mark.parametrize("axis", [1, -1])
+def test_gradients_match_central_differences(activation, training, axis):
+    """Of the compiled library in float64: no reference needed."""
+    shape = (3, 4, 5) if axis == 1 else (3, 5, 4)
+    rng = np.random.default_rng(11)
+    x, residual, weights = (make_random(shape, axis, np.float64, seed) for seed in (1, 2, 3))
+    gamma, beta = rng.uniform(0.5, 2, 4), rng.uniform(-1, 1, 4)
+    running = {} if training else {"running_mean": beta / 2, "running_var": gamma, "training": False}
+
+    def loss(x, residual, gamma, beta):
+        y = fastbn.batchnorm(x, gamma, beta, axis=axis, residual=residual, activation=activation, **running)
+        return float((y * weights).sum())
+
+    arguments = [x, residual, gamma, beta]
+    y, cache = fastbn.batchnorm_forward(x, gamma, beta, axis=axis, residual=residual, activation=activation, **running)
+    assert np.abs(y[y != 0]).min() > 1e-3, "a value too near the kink for a difference to be a derivative"
+    gradients = fastbn.batchnorm_backward(weights, cache)
+    computed = [gradients.dx, gradients.dresidual, gradients.dgamma, gradients.dbeta]
+    step = central_difference_step(1.0)
+    for position, gradient in enumerate(computed):
+        for index in np.ndindex(gradient.shape):
+            values = []
+            for sign in (1, -1):
+                moved = [array.copy() for array in arguments]
+                moved[position][index] += sign * step
+                values.append(loss(*moved))
+            difference = (values[0] - values[1]) / (2 * step)
+            assert abs(difference - gradient[index]) <= central_difference_atol(100.0, step)
+
+
+@each_isa
+@each_dtype
+def test_gradient_of_an_outlier_that_the_activation_stops(isa, dtype):
+    """A huge dy where relu is shut has no influence at all, not even on the precision of the rest."""
+    problem = make_problem((4, 3, 20), dtype)
+    with fastbn.runtime.isa(isa):
+        y, cache = problem.forward("relu")
+        dy = problem.dy.copy()
+        loud = dy.copy()
+        loud[y <= 0] = 1e30
+        quiet, heard = (fastbn.batchnorm_backward(values, cache) for values in (dy, loud))
+    for a, b in zip(quiet, heard, strict=True):
+        assert np.array_equal(a, b)
+
+
+@each_isa
+def test_inference_gradient_is_g_times_scale_even_beside_infinity(isa):
+    """dx = g * scale: x does not enter, so an infinite x does not make it NaN."""
+    x = np.array([[np.inf, 1.0], [0.0, 2.0]], "f4")
+    statistics = {"running_mean": np.zeros(2), "running_var": np.ones(2), "training": False}
+    with fastbn.runtime.isa(isa):
+        _, cache = fastbn.batchnorm_forward(x, np.full(2, 2.0), eps=0.0, **statistics)
+        dx, _, _ = fastbn.batchnorm_backward(np.full_like(x, 3.0), cache)
+    np.testing.assert_array_equal(dx, np.full_like(x, 6.0))

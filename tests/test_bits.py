@@ -1,0 +1,179 @@
+"""The same bits on every ISA, for every number of threads, at every alignment, in every repetition."""
+
+import shutil
+import subprocess
+import sysconfig
+
+import numpy as np
+import pytest
+
+import fastbn
+from combinations import (
+    ISAS,
+    THREADS,
+    each_activation,
+    each_dtype,
+    each_mode,
+    each_order,
+    each_shape,
+    make_problem,
+    run,
+    with_or_without_residual,
+)
+from problems import HOSTILE, MEMORY_ORDERS, SHAPES, assert_same_bits, make_hostile
+
+BIG_ENOUGH = [
+    *(shape for shape in SHAPES if np.prod(shape) > shape[1]),
+    (40, 70, 14, 14),
+    (3, 2, 101, 103),  # few channels: split among threads
+    (1500, 100),
+    (10000, 6),  # folded rows, several blocks and a rest
+]
+
+
+@each_dtype
+@each_order
+@each_activation
+@with_or_without_residual
+@each_mode
+@each_shape(BIG_ENOUGH)
+def test_bits_do_not_depend_on_isa_or_threads(dtype, order, activation, with_residual, training, shape):
+    problem = make_problem(shape, dtype, order=order, with_residual=with_residual, training=training, offset=1.5)
+    expected = run(problem, activation, ISAS[-1], 1)
+    for isa in ISAS:
+        for threads in THREADS:
+            for name, value in run(problem, activation, isa, threads).items():
+                assert_same_bits(value, expected[name])
+
+
+@each_dtype
+@pytest.mark.parametrize("name", HOSTILE)
+@each_order
+def test_bits_of_hostile_data(dtype, name, order):
+    shape = (6, 5, 31)
+    problem = make_problem(shape, dtype, order=order)
+    x = MEMORY_ORDERS[order](make_hostile(name, shape, 1, dtype, channel=3), 1)
+    problem = problem._replace(x=x)
+    expected = run(problem, "relu", ISAS[-1], 1)
+    for isa in ISAS:
+        for key, value in run(problem, "relu", isa, 3).items():
+            assert_same_bits(value, expected[key])
+
+
+@each_dtype
+@pytest.mark.parametrize("order", ["c-order", "channels-last"])
+def test_bits_do_not_depend_on_alignment(dtype, order):
+    shape = (3, 20, 9, 5)
+    problem = make_problem(shape, dtype, order=order, with_residual=True)
+    expected = run(problem, "relu", ISAS[0], 2)
+
+    def placed(array, offset):
+        room = np.zeros(array.nbytes + 128, np.uint8)
+        start = -room.ctypes.data % 64 + offset
+        flat = room[start : start + array.nbytes].view(array.dtype)
+        copy = np.lib.stride_tricks.as_strided(flat, array.shape, array.strides)
+        copy[...] = array
+        return copy
+
+    for offset in range(0, 64, problem.x.itemsize):
+        moved = problem._replace(**{key: placed(getattr(problem, key), offset) for key in ("x", "dy", "residual")})
+        for isa in ISAS:
+            for name, value in run(moved, "relu", isa, 2).items():
+                assert_same_bits(value, expected[name])
+
+
+@each_dtype
+@each_shape([(5, 6, 7, 11), (3, 3, 70, 71)])
+@pytest.mark.parametrize("order", ["reversed", "padded", "unaligned", "byte-swapped", "every-other-channel"])
+def test_bits_of_a_view_are_those_of_its_copy(dtype, shape, order):
+    """Same kernel family: how a planar array lies in memory changes nothing."""
+    plain = make_problem(shape, dtype, with_residual=True)
+    view = make_problem(shape, dtype, with_residual=True, order=order)
+    assert np.array_equal(plain.x, view.x)
+    expected = run(plain, "relu", ISAS[0], 2)
+    for name, value in run(view, "relu", ISAS[0], 3).items():
+        assert_same_bits(np.ascontiguousarray(value), np.ascontiguousarray(expected[name]))
+
+
+@each_dtype
+@pytest.mark.parametrize("order", ["c-order", "channels-last"])
+def test_bits_in_place_and_repeated(dtype, order):
+    problem = make_problem((9, 20, 13, 7), dtype, order=order, with_residual=True)
+    fresh = fastbn.batchnorm(problem.x, problem.gamma, problem.beta, residual=problem.residual, activation="relu")
+    for isa in ISAS:
+        with fastbn.runtime.isa(isa):
+            for target in ("x", "residual"):
+                arrays = {"x": problem.x.copy("K"), "residual": problem.residual.copy("K")}
+                out = arrays[target]
+                y = fastbn.batchnorm(
+                    arrays["x"],
+                    problem.gamma,
+                    problem.beta,
+                    residual=arrays["residual"],
+                    activation="relu",
+                    out=out,
+                    num_threads=2,
+                )
+                assert y is out
+                assert_same_bits(y, fresh)
+            _, cache = problem.forward("relu")
+            dx, _, _ = fastbn.batchnorm_backward(problem.dy, cache)
+            dy = problem.dy.copy("K")
+            assert fastbn.batchnorm_backward(dy, cache, out=dy).dx is dy
+            assert_same_bits(dy, dx)
+
+
+@each_dtype
+def test_bits_of_streamed_output(dtype):
+    """Large outputs go past the caches; small ones through them: the same values."""
+    x = make_problem((3, 3, 1000, 1300), dtype).x
+    assert x.nbytes >= 32 << 20 or dtype == "float32"
+    x = np.concatenate([x] * (2 if dtype == "float32" else 1))
+    y = fastbn.batchnorm(x)
+    room = np.empty(x.nbytes + 64, np.uint8)
+    start = -room.ctypes.data % 64 + x.itemsize  # runs start off a cache line
+    out = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    assert_same_bits(fastbn.batchnorm(x, out=out), y)
+    in_place = x.copy()
+    assert_same_bits(fastbn.batchnorm(in_place, out=in_place), y)
+
+
+@pytest.fixture(scope="module")
+def flush_to_zero(tmp_path_factory):
+    """A function that does what other libraries do: it sets flush-to-zero and denormals-are-zero in this thread."""
+    import ctypes
+    import platform
+
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    compiler = compiler if shutil.which(compiler) else "cc"
+    if platform.machine() not in ("x86_64", "AMD64") or not shutil.which(compiler):
+        pytest.skip("needs x86-64 and a C compiler")
+    folder = tmp_path_factory.mktemp("flush")
+    source = folder / "flush.c"
+    source.write_text(
+        "#include <xmmintrin.h>\nvoid set(unsigned v) { _mm_setcsr(v); }\nunsigned get(void) { return _mm_getcsr(); }\n"
+    )
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "flush.so", source], check=True)
+    return ctypes.CDLL(str(folder / "flush.so"))
+
+
+@pytest.mark.parametrize("order", ["c-order", "channels-last"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_bits_do_not_depend_on_flush_to_zero(flush_to_zero, order, threads):
+    """float32 denormals, which a thread in flush-to-zero mode would take for zeros; and the mode is left as it was."""
+    problem = make_problem((50, 20, 11, 3), "float32", order=order)
+    tiny = problem._replace(x=problem.x * np.float32(1e-42), dy=problem.dy * np.float32(1e-42))
+    expected = [run(tiny, "relu", isa, threads) for isa in ISAS]
+    assert np.abs(expected[0]["dx"]).max() > 0
+    usual = flush_to_zero.get()
+    mode = usual | 0x8040
+    flush_to_zero.set(mode)
+    try:
+        flushed = [run(tiny, "relu", isa, threads) for isa in ISAS]
+        left = flush_to_zero.get()
+    finally:
+        flush_to_zero.set(usual)
+    assert left & 0xFFC0 == mode & 0xFFC0
+    for before, after in zip(expected, flushed, strict=True):
+        for name in before:
+            assert_same_bits(after[name], before[name])

@@ -1,0 +1,249 @@
+"""Checkpoints: exact resume, interruption, atomic writing, damaged files."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from fastbn import cli, nn
+from fastbn.nn import checkpoint
+from fastbn.nn.models import digits_cnn
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+safetensors_numpy = pytest.importorskip("safetensors.numpy")
+
+TIMING = "images_per_second"
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """A part of the images: these tests are not about accuracy."""
+    data = nn.load_digits()
+    return nn.Dataset(data.x_train[:300], data.y_train[:300], data.x_test[:100], data.y_test[:100])
+
+
+def start(seed=0, batch_norm=True):
+    """A new (model, optimizer, rng)."""
+    rng = np.random.default_rng(seed)
+    model = digits_cnn(batch_norm, rng=rng)
+    return model, nn.SGD(model, 0.07, 0.9, 1e-4), rng
+
+
+def fit(state, data, epochs, **options):
+    model, optimizer, rng = state
+    return nn.fit(model, optimizer, data, epochs=epochs, batch_size=64, rng=rng, log=lambda line: None, **options)
+
+
+def resume(path, data, epochs):
+    """The (state, history) of continuing from a file, in a process that knows nothing but the file."""
+    state = start(seed=99)
+    saved = checkpoint.load(path)
+    saved.restore(*state)
+    return state, fit(state, data, epochs, history=saved.history, save_to=path)
+
+
+def numbers(history):
+    return [{name: value for name, value in epoch.items() if name != TIMING} for epoch in history]
+
+
+def assert_same_state(one, other):
+    for ours, theirs in zip(one[:2], other[:2], strict=True):  # model, optimizer
+        state, expected = ours.state_dict(), theirs.state_dict()
+        assert state.keys() == expected.keys()
+        for name, value in expected.items():
+            assert state[name].dtype == value.dtype
+            np.testing.assert_array_equal(state[name], value)
+    assert one[2].bit_generator.state == other[2].bit_generator.state
+
+
+def test_resuming_gives_the_numbers_of_not_stopping(digits, tmp_path):
+    whole = start()
+    expected = fit(whole, digits, 4)
+    path = tmp_path / "state.safetensors"
+    fit(start(), digits, 2, save_to=path, config={"lr": 0.07})
+    assert checkpoint.load(path).config == {"lr": 0.07}
+    resumed, history = resume(path, digits, 4)
+    assert numbers(history) == numbers(expected)
+    assert_same_state(resumed, whole)
+
+
+@pytest.mark.parametrize("at_step", [1, 4, 7, 11])  # five steps are an epoch
+def test_interruption_leaves_the_last_finished_epoch(digits, tmp_path, monkeypatch, at_step):
+    whole = start()
+    expected = fit(whole, digits, 3)
+    path = tmp_path / "state.safetensors"
+    state = start()
+    step, steps = state[1].step, iter(range(1, 100))
+
+    def interrupted_step():
+        step()
+        if next(steps) == at_step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(state[1], "step", interrupted_step)
+    with pytest.raises(KeyboardInterrupt):
+        fit(state, digits, 3, save_to=path)
+    assert len(checkpoint.load(path).history) == (at_step - 1) // 5
+    resumed, history = resume(path, digits, 3)
+    assert numbers(history) == numbers(expected)
+    assert_same_state(resumed, whole)
+
+
+def test_ctrl_c_exits_with_130_and_can_be_resumed(tmp_path, capsys):
+    path = tmp_path / "state.safetensors"
+    command = [sys.executable, "-m", "fastbn", "train", "--epochs", "9999", "--checkpoint", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1) as process:
+        for line in process.stdout:
+            if line.split()[:1] == ["2"]:  # the row of the second epoch
+                process.send_signal(signal.SIGINT)
+                break
+        process.stdout.read()
+        errors = process.stderr.read()
+        assert process.wait(timeout=60) == 130
+    assert errors.strip().splitlines() == [f"fastbn train: interrupted; continue with: fastbn train --resume {path}"]
+    assert os.listdir(tmp_path) == [path.name]
+    history = checkpoint.load(path).history
+    assert len(history) >= 1
+
+    epochs = len(history) + 1
+    assert cli.main(["train", "--resume", str(path), "--epochs", str(epochs)]) == 0
+    resumed = checkpoint.load(path).history
+    assert len(resumed) == epochs and resumed[:-1] == history
+    assert cli.main(["train", "--checkpoint", str(tmp_path / "whole"), "--epochs", str(epochs)]) == 0
+    assert numbers(checkpoint.load(tmp_path / "whole").history) == numbers(resumed)
+    capsys.readouterr()
+
+
+def test_ctrl_c_without_checkpoint_says_that_nothing_was_saved(monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nn, "fit", interrupt)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "fastbn train: interrupted; nothing was saved (--checkpoint FILE does)\n"
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_failure_while_writing_keeps_the_old_file(tmp_path, monkeypatch, function, error):
+    path = tmp_path / "state.safetensors"
+    checkpoint.save(path, *start(seed=1), [])
+    old = path.read_bytes()
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(type(error)):
+        checkpoint.save(path, *start(seed=2), [])
+    assert path.read_bytes() == old
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    assert cli.main(["train", "--checkpoint", str(tmp_path / "state")]) == 1
+    assert capsys.readouterr().err == "fastbn train: [Errno 28] No space left on device\n"
+
+
+def test_writing_follows_a_link_and_keeps_the_usual_permissions(tmp_path):
+    target, link, usual = tmp_path / "target", tmp_path / "link", tmp_path / "usual"
+    link.symlink_to(target)
+    usual.touch()
+    checkpoint.write_atomically(link, b"content")
+    assert link.is_symlink() and target.read_bytes() == b"content"
+    assert target.stat().st_mode == usual.stat().st_mode
+
+
+def flipped(content, position):
+    changed = bytearray(content)
+    changed[position] ^= 1
+    return bytes(changed)
+
+
+def without_metadata(content):
+    return safetensors_numpy.save(safetensors_numpy.load(content))
+
+
+def of_version_2(content):
+    """A sound file, of a later format."""
+    tensors = safetensors_numpy.load(content)
+    text = '{"version": 2}'
+    return safetensors_numpy.save(tensors, metadata={"fastbn": text, "crc32": str(checkpoint.checksum(tensors, text))})
+
+
+DAMAGES = {
+    "empty": (lambda content: b"", "damaged, or not a safetensors file"),
+    "text": (lambda content: b"epoch 1\nepoch 2\n" * 100, "damaged, or not a safetensors file"),
+    "cut-in-size": (lambda content: content[:5], "damaged, or not a safetensors file"),
+    "cut-in-header": (lambda content: content[:100], "damaged, or not a safetensors file"),
+    "cut-in-tensors": (lambda content: content[:-100], "damaged, or not a safetensors file"),
+    "too-long": (lambda content: content + b"\0", "damaged, or not a safetensors file"),
+    "header-size": (lambda content: b"\xff" * 8 + content[8:], "damaged, or not a safetensors file"),
+    "flipped-tensor-bit": (lambda content: flipped(content, -1000), "damaged (wrong checksum)"),
+    "flipped-loss": (lambda content: flipped(content, content.index(b"1.5")), "damaged (wrong checksum)"),
+    "foreign": (without_metadata, "not a checkpoint of fastbn"),
+    "later-version": (of_version_2, "written by another version of fastbn"),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """The content of a checkpoint after one epoch."""
+    path = tmp_path_factory.mktemp("sound") / "state"
+    epoch = {"epoch": 1, "train_loss": 1.5, "train_accuracy": 0.5, "test_accuracy": 0.5, TIMING: 1000.0}
+    checkpoint.save(path, *start(), [epoch], cli.DEFAULTS)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_file_is_one_clear_line(sound, tmp_path, capsys, name):
+    damage, message = DAMAGES[name]
+    path = tmp_path / "state"
+    path.write_bytes(damage(sound))
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        checkpoint.load(path)
+    assert message in str(caught.value)
+    assert cli.main(["train", "--resume", str(path)]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1 and output.err.startswith(f"fastbn train: {path}: ")
+
+
+def test_every_cut_and_every_flipped_byte_is_found(sound, tmp_path):
+    path = tmp_path / "state"
+    rng = np.random.default_rng(0)
+    for position in rng.integers(0, len(sound), 60):
+        for damaged in (sound[:position], flipped(sound, position)):
+            path.write_bytes(damaged)
+            with pytest.raises(checkpoint.CheckpointError):
+                checkpoint.load(path)
+
+
+def test_unreadable_paths_are_one_clear_line(tmp_path):
+    for path in (tmp_path / "missing", tmp_path, tmp_path / "missing" / "state"):
+        with pytest.raises(checkpoint.CheckpointError, match="cannot be read: "):
+            checkpoint.load(path)
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path):
+    path = tmp_path / "state"
+    checkpoint.save(path, *start(batch_norm=False), [])
+    with pytest.raises(checkpoint.CheckpointError, match="does not fit this model"):
+        checkpoint.load(path).restore(*start(batch_norm=True))
+
+
+def test_file_holds_pytorch_keys(sound):
+    tensors = safetensors_numpy.load(sound)
+    names = {name.removeprefix("model.") for name in tensors if name.startswith("model.")}
+    assert names == set(digits_cnn().state_dict())
+    assert (
+        tensors["model.1.num_batches_tracked"].shape == () and tensors["model.1.num_batches_tracked"].dtype == np.int64
+    )

@@ -1,0 +1,64 @@
+"""What the documentation says is true: the code blocks of the README run, and so do the examples of the docstrings."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import fastbn
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PUBLIC = ["fastbn"] + [
+    f"fastbn.{module.name}"
+    for module in pkgutil.iter_modules(fastbn.__path__)
+    if not module.name.startswith("_") and module.name != "cuda"
+]
+
+
+def blocks(path, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.M | re.S)
+
+
+@pytest.mark.skipif(not README.exists(), reason="not a source tree")
+def test_docs_readme_code_runs(tmp_path, monkeypatch):
+    """All Python blocks in one go: a later one may use the names of an earlier one."""
+    python = blocks(README, "python")
+    assert python, "the README has an example"
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "readme"}
+    for number, block in enumerate(python):
+        exec(compile(block, f"README.md, Python block {number + 1}", "exec"), names)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docs_examples_of_public_modules_run(name):
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:  # an extra that is not installed
+        pytest.skip(str(error))
+    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+def test_docs_examples_exist():
+    finder = doctest.DocTestFinder()
+    modules = [importlib.import_module(f"fastbn.{name}") for name in ("functional", "layers", "runtime", "stats")]
+    for module in modules:
+        assert any(test.examples for test in finder.find(module)), module.__name__
+
+
+@pytest.mark.parametrize("name", [name for name in fastbn.__all__ if callable(getattr(fastbn, name))])
+def test_docs_every_public_name_has_a_docstring(name):
+    assert (inspect.getdoc(getattr(fastbn, name)) or "").strip()
+
+
+def test_docs_signature_in_help_is_complete():
+    parameters = inspect.signature(fastbn.batchnorm2d).parameters
+    documented = inspect.getdoc(fastbn.batchnorm2d)
+    section = documented.split("Parameters\n")[1].split("Returns\n")[0]
+    assert [name for name in parameters if not re.search(rf"\b{name}\b", section)] == []

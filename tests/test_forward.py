@@ -1,0 +1,154 @@
+"""Forward against exact arithmetic, then against the reference, then with hostile data."""
+
+import numpy as np
+import pytest
+
+import fastbn
+from combinations import (
+    each_activation,
+    each_dtype,
+    each_isa,
+    each_mode,
+    each_order,
+    each_shape,
+    make_problem,
+    with_or_without_residual,
+)
+from problems import (
+    HOSTILE,
+    MEMORY_ORDERS,
+    SHAPES,
+    TAIL_SHAPES,
+    exact_statistics,
+    make_exact,
+    make_hostile,
+    make_random,
+    ulp_distance,
+    ulp_error,
+)
+from tolerances import EXACT_ULP_F32, STATISTICS_RELATIVE_F64, STATISTICS_ULP, exact_ulp_f64, forward_atol
+
+SEVERAL_VALUES = [shape for shape in SHAPES if np.prod(shape) > shape[1]]
+
+
+@each_isa
+@each_dtype
+@each_order
+@each_shape([*SHAPES, *TAIL_SHAPES])
+def test_statistics_of_exact_data_are_exact(isa, dtype, order, shape):
+    exact = make_exact(shape, 1, dtype)
+    x = MEMORY_ORDERS[order](exact.x, 1)
+    with fastbn.runtime.isa(isa):
+        stats = fastbn.batchnorm_stats(x)
+    assert stats.count == exact.count
+    for actual, expected in ((stats.mean, exact.mean), (stats.var(), exact.var)):
+        assert ulp_distance(actual.astype("f4"), expected.astype("f4")).max() <= EXACT_ULP_F32
+        assert ulp_distance(actual, expected).max() <= exact_ulp_f64(exact.count)
+
+
+@each_isa
+@each_dtype
+@each_order
+@each_activation
+@with_or_without_residual
+@each_mode
+@each_shape(SEVERAL_VALUES)
+def test_y_matches_reference(isa, dtype, order, activation, with_residual, training, shape):
+    problem = make_problem(shape, dtype, order=order, with_residual=with_residual, training=training, offset=2.0)
+    with fastbn.runtime.isa(isa):
+        y, cache = problem.forward(activation, num_threads=2)
+    expected, reference = problem.reference(activation)
+    along = (1, -1) + (1,) * (len(shape) - 2)
+    beta = problem.beta.reshape(along)
+    residual = 0.0 if problem.residual is None else problem.residual
+    scaled = reference.v - beta - residual
+    assert y.dtype == dtype and y.shape == shape
+    assert np.all(np.abs(y - expected) <= forward_atol(dtype, scaled, beta, residual, offset_ratio=16.0))
+    np.testing.assert_allclose(cache.mean, reference.mean, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(cache.rstd, reference.rstd, rtol=1e-12)
+
+
+@each_isa
+@each_dtype
+@each_order
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1e2, 1e4, 1e6], ids=lambda v: f"offset{v:g}")
+@each_shape([(7, 5, 13, 11), (501, 5)])
+def test_statistics_are_as_accurate_as_promised(isa, dtype, order, offset, shape):
+    x = MEMORY_ORDERS[order](make_random(shape, 1, dtype, seed=7, offset=offset), 1)
+    with fastbn.runtime.isa(isa):
+        stats = fastbn.batchnorm_stats(x)
+    for channel, exact in enumerate(exact_statistics(x, 1)):
+        mean, var = stats.mean[channel], stats.var()[channel]
+        largest = max(abs(float(exact.mean)), exact.std)
+        if dtype == "float64":
+            assert abs(mean - float(exact.mean)) <= STATISTICS_RELATIVE_F64 * largest
+            assert abs(var - float(exact.var)) <= STATISTICS_RELATIVE_F64 * float(exact.var)
+        else:
+            assert ulp_error(np.float32(mean), exact.mean, "f4", largest) <= STATISTICS_ULP
+            assert ulp_error(np.float32(var), exact.var, "f4") <= STATISTICS_ULP
+
+
+@each_isa
+@each_dtype
+@each_order
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_data_stay_in_their_channel(isa, dtype, order, name):
+    """One channel is hostile; the others get the bits that they get without it, and it gets what the reference says."""
+    shape, channel = (6, 5, 7, 5), 2
+    mild = MEMORY_ORDERS[order](make_random(shape, 1, np.float64, seed=0).astype(dtype), 1)
+    x = MEMORY_ORDERS[order](make_hostile(name, shape, 1, dtype, seed=0, channel=channel), 1)
+    with fastbn.runtime.isa(isa), np.errstate(all="ignore"):
+        y, plain = fastbn.batchnorm(x), fastbn.batchnorm(mild)
+        stats, expected = fastbn.batchnorm_stats(x), fastbn.reference.batchnorm_stats(x)
+        reference = fastbn.reference.batchnorm(x)
+    others = [c for c in range(shape[1]) if c != channel]
+    assert np.array_equal(y[:, others], plain[:, others])
+    assert np.array_equal(np.isfinite(y), np.isfinite(reference))
+    assert np.isnan(stats.mean[channel]) == np.isnan(expected.mean[channel])
+    assert np.isinf(stats.mean[channel]) == np.isinf(expected.mean[channel])
+    if np.isfinite(reference).all():
+        # |mean| / std may exceed what the reference's own float64 can tell apart
+        np.testing.assert_allclose(y[:, channel], reference[:, channel], rtol=1e-5, atol=1e-5)
+    if name.startswith("constant") or name.endswith("zeros"):
+        assert stats.m2[channel] == 0 and not y[:, channel].any()
+
+
+@each_isa
+@each_dtype
+def test_an_outlier_as_first_value_does_not_spoil_the_variance(isa, dtype):
+    """The first value is the shift of the sums; far from the mean it would cost all digits, if they were not redone."""
+    x = make_random((1, 2, 1 << 17), 1, dtype, seed=3)
+    x[0, 0, 0] = 1e7
+    with fastbn.runtime.isa(isa):
+        stats = fastbn.batchnorm_stats(x)
+    for channel, exact in enumerate(exact_statistics(x, 1)):
+        assert abs(stats.var()[channel] - float(exact.var)) <= 1e-13 * float(exact.var)
+
+
+@each_isa
+@each_dtype
+@each_order
+def test_input_is_not_modified(isa, dtype, order):
+    problem = make_problem((5, 6, 7, 3), dtype, order=order, with_residual=True)
+    before = [array.copy() for array in problem[:5]]
+    for array in (problem.x, problem.dy, problem.residual):
+        array.flags.writeable = False
+    with fastbn.runtime.isa(isa):
+        _, cache = problem.forward("relu")
+        fastbn.batchnorm_backward(problem.dy, cache)
+    for array, copy in zip(problem[:5], before, strict=True):
+        assert np.array_equal(array, copy)
+
+
+@each_isa
+@each_order
+def test_nan_and_infinity_through_relu(isa, order):
+    """relu is v < 0 ? 0 : v: NaN stays NaN, infinity stays, and the gradient passes where y is NaN."""
+    x = np.array([[np.nan, 1.0, -np.inf, 2.0], [1.0, -1.0, 1.0, np.inf], [1.0, 0.0, 1.0, 1.0]], "f4")
+    x = MEMORY_ORDERS[order](x, 1)
+    statistics = {"running_mean": np.zeros(4), "running_var": np.ones(4), "training": False}
+    with fastbn.runtime.isa(isa):
+        y, cache = fastbn.batchnorm_forward(x, eps=0.0, activation="relu", **statistics)
+        dx, _, _ = fastbn.batchnorm_backward(np.ones_like(x), cache)
+    np.testing.assert_array_equal(y, np.where(x < 0, 0, x))
+    np.testing.assert_array_equal(dx, np.where(x <= 0, 0, 1))

@@ -1,0 +1,217 @@
+"""The trainer's layers and loss: gradients against central differences, everything against PyTorch, state."""
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import nn
+from fastbn.nn.models import digits_cnn
+
+STEP = 1e-6  # central differences in float64: truncation STEP^2, rounding 1e-16 / STEP
+GRADIENT = {"rtol": 1e-6, "atol": 1e-8}
+TORCH32 = {"rtol": 1e-4, "atol": 1e-5}  # sums of up to some thousand float32 products in another order
+TORCH64 = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def numeric_gradient(function, x):
+    """Central differences of the scalar `function()` for every element of `x`, which is changed and restored."""
+    gradient = np.empty_like(x)
+    for index in np.ndindex(x.shape):
+        value = x[index]
+        x[index] = value + STEP
+        above = function()
+        x[index] = value - STEP
+        gradient[index] = (above - function()) / (2 * STEP)
+        x[index] = value
+    return gradient
+
+
+def conv(*args, **kwargs):
+    return nn.Conv2d(*args, **kwargs, rng=3, dtype=np.float64)
+
+
+LAYERS = {
+    "conv": (lambda: conv(2, 3, 3), (2, 2, 5, 6)),
+    "conv-padding": (lambda: conv(3, 2, 3, padding=1), (2, 3, 4, 5)),
+    "conv-stride": (lambda: conv(2, 3, 3, stride=2, padding=1), (2, 2, 6, 5)),
+    "conv-stride-beyond-kernel": (lambda: conv(2, 2, 1, stride=2), (2, 2, 5, 4)),
+    "conv-no-bias": (lambda: conv(2, 3, 2, bias=False), (1, 2, 3, 3)),
+    "linear": (lambda: nn.Linear(5, 4, rng=3, dtype=np.float64), (3, 5)),
+    "linear-no-bias": (lambda: nn.Linear(5, 4, bias=False, rng=3, dtype=np.float64), (3, 5)),
+    "relu": (nn.ReLU, (3, 4, 2)),
+    "pool": (lambda: nn.MaxPool2d(2), (2, 3, 4, 6)),
+    "pool-rest": (lambda: nn.MaxPool2d(2), (2, 3, 5, 7)),
+    "pool-overlap": (lambda: nn.MaxPool2d(3, 1), (2, 2, 5, 4)),
+    "pool-gaps": (lambda: nn.MaxPool2d(2, stride=3), (1, 2, 6, 7)),
+    "flatten": (nn.Flatten, (2, 3, 2, 2)),
+    "batchnorm": (lambda: fastbn.BatchNorm2d(3, dtype=np.float64), (4, 3, 2, 3)),
+    "sequential": (
+        lambda: nn.Sequential(
+            conv(1, 2, 3, padding=1),
+            fastbn.BatchNorm2d(2, dtype=np.float64),
+            nn.ReLU(),
+            nn.Sequential(nn.MaxPool2d(2), nn.Flatten()),
+            nn.Linear(8, 3, rng=3, dtype=np.float64),
+        ),
+        (3, 1, 4, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_match_central_differences(name):
+    make, shape = LAYERS[name]
+    layer = make()
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal(shape)
+    untouched = x.copy()
+    layer.train()
+    weights = rng.standard_normal(layer.forward(x).shape)  # the scalar is sum(weights * y), so that dy = weights
+
+    def function():
+        return float((layer.forward(x) * weights).sum())
+
+    layer.forward(x)
+    dx = layer.backward(weights)
+    assert dx.shape == x.shape and dx.dtype == x.dtype
+    np.testing.assert_array_equal(x, untouched)
+    pairs = [(value, gradient.copy()) for value, gradient in nn.parameters(layer)]
+    np.testing.assert_allclose(dx, numeric_gradient(function, x), **GRADIENT)
+    for value, gradient in pairs:
+        assert gradient.shape == value.shape and gradient.dtype == value.dtype
+        np.testing.assert_allclose(gradient, numeric_gradient(function, value), **GRADIENT)
+
+
+def test_loss_gradient_matches_central_differences():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.standard_normal((5, 4)), np.array([0, 3, 1, 1, 2])
+    _, dlogits = nn.softmax_cross_entropy(logits, labels)
+    expected = numeric_gradient(lambda: nn.softmax_cross_entropy(logits, labels)[0], logits)
+    np.testing.assert_allclose(dlogits, expected, **GRADIENT)
+
+
+def test_loss_is_stable_for_large_logits():
+    loss, dlogits = nn.softmax_cross_entropy(np.array([[1e4, 0.0], [0.0, -1e4]], np.float32), np.array([0, 1]))
+    assert loss == 5000
+    np.testing.assert_array_equal(dlogits, [[0, 0], [0.5, -0.5]])
+    assert dlogits.dtype == np.float32
+
+
+def test_maxpool_gives_the_gradient_of_equal_values_to_the_first():
+    pool = nn.MaxPool2d(2)
+    pool.forward(np.ones((1, 1, 2, 2)))
+    np.testing.assert_array_equal(pool.backward(np.full((1, 1, 1, 1), 5.0)), [[[[5, 0], [0, 0]]]])
+
+
+def test_window_larger_than_image_is_an_error():
+    for layer in (nn.Conv2d(1, 1, 3), nn.MaxPool2d(3)):
+        with pytest.raises(ValueError, match=r"at least 3, got shape \(1, 1, 5, 2\)"):
+            layer.forward(np.zeros((1, 1, 5, 2), np.float32))
+
+
+def test_initial_weights_follow_pytorch():
+    layer = nn.Conv2d(8, 64, 3, rng=0)
+    for parameter in (layer.weight, layer.bias):
+        assert parameter.dtype == np.float32
+        assert 0.95 / 72**0.5 < np.abs(parameter).max() <= 1 / 72**0.5
+    np.testing.assert_array_equal(layer.weight, nn.Conv2d(8, 64, 3, rng=0).weight)
+
+
+def test_same_seed_gives_same_weights_with_and_without_batchnorm():
+    plain = [value for value, _ in nn.parameters(digits_cnn(False, rng=5))]
+    normalized = digits_cnn(True, rng=5)
+    shared = [layer for layer in normalized.layers if isinstance(layer, nn.Layer)]
+    for expected, value in zip(plain, [v for layer in shared for v, _ in nn.parameters(layer)], strict=True):
+        np.testing.assert_array_equal(value, expected)
+
+
+def test_train_and_eval_reach_every_layer():
+    model = nn.Sequential(nn.Sequential(fastbn.BatchNorm2d(1), nn.ReLU()))
+    batchnorm, relu = model.layers[0].layers
+    model.eval()
+    assert not batchnorm.training and not relu.training
+    model.train()
+    assert batchnorm.training and relu.training
+
+
+def test_load_state_dict_copies_and_refuses_what_does_not_fit():
+    source, target = digits_cnn(rng=0), digits_cnn(rng=1)
+    target.load_state_dict(source.state_dict())
+    for name, value in target.state_dict().items():
+        np.testing.assert_array_equal(value, source.state_dict()[name])
+    target.layers[0].weight += 1  # copied: the source does not follow
+    assert not np.array_equal(target.layers[0].weight, source.layers[0].weight)
+    with pytest.raises(ValueError, match="expected"):
+        target.load_state_dict(digits_cnn(False).state_dict())
+    with pytest.raises(ValueError, match="weight: expected shape"):
+        target.load_state_dict(source.state_dict() | {"0.weight": np.zeros((16, 1, 5, 5), np.float32)})
+
+
+# ---- PyTorch ---------------------------------------------------------------------------------------------------------
+
+
+def torch_twin(torch, batch_norm):
+    def block(i, o):
+        norm = [torch.nn.BatchNorm2d(o)] if batch_norm else []
+        return [torch.nn.Conv2d(i, o, 3, padding=1), *norm, torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
+
+    return torch.nn.Sequential(*block(1, 16), *block(16, 32), torch.nn.Flatten(), torch.nn.Linear(128, 10))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_network_matches_pytorch(batch_norm, dtype):
+    """Same weights, same batches: equal loss, gradients, and after three steps equal parameters and statistics."""
+    torch = pytest.importorskip("torch")
+    close = TORCH32 if dtype == np.float32 else TORCH64
+    ours = digits_cnn(batch_norm, rng=0, dtype=dtype)
+    theirs = torch_twin(torch, batch_norm).to(torch.from_numpy(np.zeros(1, dtype)).dtype)
+    theirs.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in ours.state_dict().items()})
+    optimizer = nn.SGD(ours, 0.05, 0.9, 1e-3)
+    their_optimizer = torch.optim.SGD(theirs.parameters(), 0.05, 0.9, weight_decay=1e-3)
+    rng = np.random.default_rng(1)
+    for _ in range(3):
+        x, labels = rng.random((24, 1, 8, 8)).astype(dtype), rng.integers(0, 10, 24)
+        loss, dlogits = nn.softmax_cross_entropy(ours.forward(x), labels)
+        dx = ours.backward(dlogits)
+
+        their_x = torch.from_numpy(x).requires_grad_()
+        their_loss = torch.nn.functional.cross_entropy(theirs(their_x), torch.from_numpy(labels))
+        their_optimizer.zero_grad()
+        their_loss.backward()
+
+        assert loss == pytest.approx(their_loss.item(), rel=close["rtol"])
+        np.testing.assert_allclose(dx, their_x.grad.numpy(), **close)
+        for (_, gradient), parameter in zip(nn.parameters(ours), theirs.parameters(), strict=True):
+            assert gradient.dtype == dtype
+            np.testing.assert_allclose(gradient, parameter.grad.numpy(), **close)
+        optimizer.step()
+        their_optimizer.step()
+    for name, value in theirs.state_dict().items():
+        np.testing.assert_allclose(ours.state_dict()[name], value.numpy(), **close)
+    ours.eval()
+    theirs.eval()
+    np.testing.assert_allclose(ours.forward(x), theirs(torch.from_numpy(x)).detach().numpy(), **close)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "shape"),
+    [(1, 1, 0, (2, 3, 4, 4)), (3, 2, 1, (2, 4, 9, 7)), (5, 3, 2, (1, 2, 11, 8)), (2, 3, 0, (3, 1, 7, 9))],
+)
+def test_conv_and_pool_match_pytorch(kernel, stride, padding, shape):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape)
+    layer = nn.Conv2d(shape[1], 5, kernel, stride, padding, rng=0, dtype=np.float64)
+    twin = torch.nn.Conv2d(shape[1], 5, kernel, stride, padding).double()
+    twin.load_state_dict({name: torch.from_numpy(value) for name, value in layer.state_dict().items()})
+    for ours, theirs in ((layer, twin), (nn.MaxPool2d(kernel, stride), torch.nn.MaxPool2d(kernel, stride))):
+        their_x = torch.from_numpy(x).requires_grad_()
+        their_y = theirs(their_x)
+        y = ours.forward(x)
+        np.testing.assert_allclose(y, their_y.detach().numpy(), **TORCH64)
+        dy = rng.standard_normal(y.shape)
+        their_y.backward(torch.from_numpy(dy))
+        np.testing.assert_allclose(ours.backward(dy), their_x.grad.numpy(), **TORCH64)
+    np.testing.assert_allclose(layer.weight_grad, twin.weight.grad.numpy(), **TORCH64)
+    np.testing.assert_allclose(layer.bias_grad, twin.bias.grad.numpy(), **TORCH64)

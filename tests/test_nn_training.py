@@ -1,0 +1,118 @@
+"""The training loop: accuracy on real images, reproducibility, evaluation, divergence, imports."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import cli, nn
+from fastbn.nn.models import digits_cnn
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+
+TIMING = "images_per_second"
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return nn.load_digits()
+
+
+def silent(line):
+    pass
+
+
+def train(data, *, epochs=2, batch_norm=True, lr=0.07, seed=0, **options):
+    """(model, history) of a new network."""
+    rng = np.random.default_rng(seed)
+    model = digits_cnn(batch_norm, rng=rng)
+    optimizer = nn.SGD(model, lr, 0.9)
+    return model, nn.fit(model, optimizer, data, epochs=epochs, batch_size=64, rng=rng, log=silent, **options)
+
+
+def numbers(history):
+    return [{name: value for name, value in epoch.items() if name != TIMING} for epoch in history]
+
+
+def test_digits_are_split_the_same_way_and_by_class(digits):
+    assert digits.x_train.shape == (1437, 1, 8, 8) and digits.x_test.shape == (360, 1, 8, 8)
+    assert digits.x_train.dtype == np.float32 and digits.x_train.min() == 0 and digits.x_train.max() == 1
+    shares = np.bincount(digits.y_test) / np.bincount(np.concatenate([digits.y_train, digits.y_test]))
+    assert np.abs(shares - 0.2).max() < 0.01
+    np.testing.assert_array_equal(nn.load_digits().y_test, digits.y_test)
+
+
+def test_default_run_reaches_97_percent(capsys):
+    assert cli.main(["train"]) == 0
+    output = capsys.readouterr()
+    last = [line.split() for line in output.out.splitlines() if line.strip()][-1]
+    assert last[0] == str(cli.DEFAULTS["epochs"])
+    assert float(last[3].rstrip("%")) >= 97
+    assert output.err == ""  # no progress bar where there is no terminal
+
+
+def test_same_seed_gives_the_same_numbers(digits):
+    (model, history), (again, history_again) = train(digits), train(digits)
+    assert numbers(history) == numbers(history_again)
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name], value)
+    _, other = train(digits, seed=1)
+    assert numbers(other) != numbers(history)
+
+
+def test_threads_of_fastbn_do_not_change_the_numbers(digits):
+    histories = []
+    for threads in (1, 3):
+        with fastbn.threads(threads):
+            histories.append(numbers(train(digits, epochs=1)[1]))
+    assert histories[0] == histories[1]
+
+
+def test_history_describes_the_epochs(digits):
+    lines = []
+    rng = np.random.default_rng(0)
+    model = digits_cnn(rng=rng)
+    history = nn.fit(model, nn.SGD(model, 0.07), digits, epochs=2, batch_size=100, rng=rng, log=lines.append)
+    assert [epoch["epoch"] for epoch in history] == [1, 2]
+    assert history[1]["train_loss"] < history[0]["train_loss"] < math.log(10)
+    assert history[1][TIMING] > 0
+    assert history[1]["test_accuracy"] == nn.evaluate(model, digits.x_test, digits.y_test)
+    assert len(lines) == 3 and lines[0].split()[0] == "epoch"
+    assert lines[2].split()[:2] == ["2", f"{history[1]['train_loss']:.4f}"]
+
+
+def test_evaluation_changes_nothing_and_does_not_depend_on_batches(digits):
+    model, _ = train(digits, epochs=1)
+    before = model.state_dict()
+    accuracies = {nn.evaluate(model, digits.x_test, digits.y_test, batch_size=size) for size in (1, 7, 360, 1000)}
+    assert len(accuracies) == 1
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_no_batch_is_left_with_one_image():
+    """17 images in batches of 16 would leave one, and one value per channel has no variance."""
+    rng = np.random.default_rng(0)
+    x, labels = rng.standard_normal((17, 4)).astype(np.float32), rng.integers(0, 2, 17)
+    model = nn.Sequential(nn.Linear(4, 3, rng=rng), fastbn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2, rng=rng))
+    data = nn.Dataset(x, labels, x, labels)
+    assert len(nn.fit(model, nn.SGD(model, 0.1), data, epochs=1, batch_size=16, rng=rng, log=silent)) == 1
+
+
+def test_divergence_ends_the_training(digits, tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "state"
+    _, history = train(digits, epochs=5, batch_norm=False, lr=1e30, save_to=path)
+    assert len(history) == 1 and not math.isfinite(history[0]["train_loss"])
+    assert nn.checkpoint.load(path).history == []  # the last state that was sound
+
+
+def test_import_needs_numpy_only():
+    extras = ["sklearn", "matplotlib", "safetensors", "tqdm", "threadpoolctl", "torch"]
+    code = f"import sys, fastbn.cli, fastbn.nn; print(*set({extras}) & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "", "")
