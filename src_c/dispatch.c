@@ -5,7 +5,16 @@
 #include <assert.h>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <xmmintrin.h>
+
+// not every compiler's __builtin_cpu_supports knows it; the registers are those of AVX
+static int cpu_supports_f16c(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
+
 #define ON_x86_64(...) __VA_ARGS__
 #define ON_aarch64(...)
 #elif defined(__aarch64__)
@@ -50,7 +59,7 @@ int fastbn_isa_available(int index)
 }
 
 static const char *const dtypes[][2] = {
-#define FASTBN_DTYPE(code, name, memory, arithmetic) {#code, name},
+#define FASTBN_DTYPE(code, name) {#code, name},
 #include "dtypes.def"
 #undef FASTBN_DTYPE
 };

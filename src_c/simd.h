@@ -29,6 +29,11 @@
 
 enum { WIDTH_f32 = SIMD_BYTES / 4, WIDTH_f64 = SIMD_BYTES / 8 };
 
+/* a value in memory */
+typedef float value_f32;
+typedef double value_f64;
+typedef uint16_t value_f16, value_bf16;
+
 typedef float vec_f32 __attribute__((vector_size(SIMD_BYTES)));
 typedef int32_t mask_f32 __attribute__((vector_size(SIMD_BYTES))); /* what a comparison gives: 0 or -1 */
 typedef double vec_f64 __attribute__((vector_size(SIMD_BYTES)));
@@ -312,5 +317,177 @@ INLINE vec_f64 widen_part_f64(vec_f64 v, int part)
     (void)part;
     return v;
 }
+
+/* ---- half precision: 16 bits in memory, float32 in registers ---- */
+
+typedef uint16_t bits16 __attribute__((vector_size(SIMD_BYTES / 2)));
+typedef uint32_t bits32 __attribute__((vector_size(SIMD_BYTES)));
+
+INLINE bits16 load_bits16(const uint16_t *p)
+{
+    bits16 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE bits16 load_head_bits16(const uint16_t *p, int n)
+{
+    if (WHOLE(n, WIDTH_f32)) return load_bits16(p);
+#if defined(__AVX512F__)
+    return (bits16)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+#else
+    uint16_t lanes[WIDTH_f32] = {0};
+    copy_some(lanes, p, n * sizeof lanes[0]);
+    return load_bits16(lanes);
+#endif
+}
+
+INLINE void store_bits16(uint16_t *p, bits16 v)
+{
+    memcpy(p, &v, sizeof v);
+}
+
+INLINE void store_head_bits16(uint16_t *p, bits16 v, int n)
+{
+    if (WHOLE(n, WIDTH_f32)) {
+        store_bits16(p, v);
+        return;
+    }
+#if defined(__AVX512F__)
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)v);
+#else
+    copy_some(p, &v, n * sizeof *p);
+#endif
+}
+
+/* p is aligned to the vector */
+INLINE void stream_bits16(uint16_t *p, bits16 v)
+{
+#if defined(__AVX512F__)
+    _mm256_stream_si256((__m256i *)p, (__m256i)v);
+#elif defined(__AVX2__)
+    _mm_stream_si128((__m128i *)p, (__m128i)v);
+#else
+    store_bits16(p, v);
+#endif
+}
+
+INLINE bits32 extend(bits16 v)
+{
+#if defined(__AVX512F__)
+    return (bits32)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+    return (bits32)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+    return __builtin_convertvector(v, bits32);
+#endif
+}
+
+/* the low halves; the high ones are 0 */
+INLINE bits16 narrow(bits32 v)
+{
+#if defined(__AVX512F__)
+    return (bits16)_mm512_cvtepi32_epi16((__m512i)v);
+#elif defined(__AVX2__)
+    return (bits16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)v, (__m256i)v), 0x08));
+#else
+    return __builtin_convertvector(v, bits16);
+#endif
+}
+
+INLINE bits32 select_bits(mask_f32 condition, bits32 yes, bits32 no)
+{
+    return ((bits32)condition & yes) | (~(bits32)condition & no);
+}
+
+/* bfloat16 is the high half of float32: exact one way, rounded to nearest even the other. In integers, for the
+ * instruction of AVX512_BF16 takes denormals for zeros. */
+INLINE vec_f32 from_bf16(bits16 v)
+{
+    return (vec_f32)(extend(v) << 16);
+}
+
+INLINE bits16 to_bf16(vec_f32 v)
+{
+    const bits32 u = (bits32)v;
+    const bits32 rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+    return narrow(select_bits(v != v, u >> 16 | 0x40, rounded));
+}
+
+/* float16: the instructions of F16C round to nearest even and keep denormals, whatever the control register says; the
+ * arithmetic below gives the same bits. */
+INLINE vec_f32 from_f16(bits16 v)
+{
+#if defined(__AVX512F__)
+    return (vec_f32)_mm512_cvtph_ps((__m256i)v);
+#elif defined(__F16C__)
+    return (vec_f32)_mm256_cvtph_ps((__m128i)v);
+#else
+    const bits32 h = extend(v), magnitude = (h & 0x7fff) << 13;
+    const vec_f32 finite = (vec_f32)magnitude * 0x1p112f; /* the exponents differ by 112; exact for denormals too */
+    const bits32 special = magnitude | 0x7f800000;
+    return (vec_f32)(select_bits((mask_f32)(magnitude >= 0x7c00u << 13), special, (bits32)finite) | (h & 0x8000) << 16);
+#endif
+}
+
+INLINE bits16 to_f16(vec_f32 v)
+{
+#if defined(__AVX512F__)
+    return (bits16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+    return (bits16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const bits32 u = (bits32)v & 0x7fffffff, sign = (bits32)v >> 16 & 0x8000;
+    const bits32 half = (bits32){0} + 0x3f000000; /* 0.5: its last bit is the smallest float16 */
+    const bits32 normal = (u - 0x38000000 + 0xfff + (u >> 13 & 1)) >> 13;
+    const bits32 tiny = (bits32)((vec_f32)u + (vec_f32)half) - half;
+    bits32 h = select_bits((mask_f32)(u < 0x38800000), tiny, normal);      /* 2^-14 */
+    h = select_bits((mask_f32)(u >= 0x47800000), (bits32){0} + 0x7c00, h); /* 2^16 */
+    h = select_bits((mask_f32)(u > 0x7f800000), (bits32){0} + 0x7e00, h);
+    return narrow(h | sign);
+#endif
+}
+
+/* WIDTH_f64 halves, in the low lanes; no more are read */
+INLINE bits16 load_part_bits16(const uint16_t *p)
+{
+    bits16 v = {0};
+    memcpy(&v, p, WIDTH_f64 * sizeof *p);
+    return v;
+}
+
+/* the operations of a dtype in memory, from its two conversions */
+#define HALF_PRECISION(dtype)                                        \
+    INLINE vec_f32 load_##dtype(const uint16_t *p)                   \
+    {                                                                \
+        return from_##dtype(load_bits16(p));                         \
+    }                                                                \
+    INLINE vec_f32 load_head_##dtype(const uint16_t *p, int n)       \
+    {                                                                \
+        return from_##dtype(load_head_bits16(p, n));                 \
+    }                                                                \
+    INLINE void store_##dtype(uint16_t *p, vec_f32 v)                \
+    {                                                                \
+        store_bits16(p, to_##dtype(v));                              \
+    }                                                                \
+    INLINE void store_head_##dtype(uint16_t *p, vec_f32 v, int n)    \
+    {                                                                \
+        store_head_bits16(p, to_##dtype(v), n);                      \
+    }                                                                \
+    INLINE void stream_##dtype(uint16_t *p, vec_f32 v)               \
+    {                                                                \
+        stream_bits16(p, to_##dtype(v));                             \
+    }                                                                \
+    INLINE vec_f64 widen_##dtype(const uint16_t *p)                  \
+    {                                                                \
+        return widen_part_f32(from_##dtype(load_part_bits16(p)), 0); \
+    }                                                                \
+    INLINE vec_f64 widen_head_##dtype(const uint16_t *p, int n)      \
+    {                                                                \
+        return widen_part_f32(load_head_##dtype(p, n), 0);           \
+    }
+
+HALF_PRECISION(f16)
+HALF_PRECISION(bf16)
 
 #endif

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 import fastbn
-from problems import MEMORY_ORDERS, make_parameters, make_random, shape_id
+from problems import MEMORY_ORDERS, dtype_of, make_parameters, make_random, shape_id
 
 ISAS = fastbn.runtime.available_isas()
-DTYPES = fastbn.runtime.dtypes()
+DTYPES = [dtype_of(name) for name in fastbn.runtime.dtypes()]
 ACTIVATIONS = fastbn.runtime.activations()
 THREADS = (1, 2, 3, 5, 8)
 
 each_isa = pytest.mark.parametrize("isa", ISAS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 each_mode = pytest.mark.parametrize("training", (True, False), ids=("training", "inference"))
 with_or_without_residual = pytest.mark.parametrize("with_residual", (False, True), ids=("plain", "residual"))
@@ -52,7 +52,7 @@ class Problem(NamedTuple):
 
 def make_problem(
     shape: tuple[int, ...],
-    dtype: str,
+    dtype: np.dtype[Any],
     *,
     order: str = "c-order",
     with_residual: bool = False,

@@ -7,10 +7,11 @@ import subprocess
 import pytest
 
 import fastbn._core
-from combinations import DTYPES, ISAS
+from combinations import ISAS, each_dtype
+from problems import dtype_of
 
 LIBRARY = fastbn._core.__file__
-CODES = {name: code for code, name in fastbn._core.dtypes()}
+CODES = {dtype_of(name): code for code, name in fastbn._core.dtypes()}
 # The widest registers of an ISA, as the disassembler writes them; packed arithmetic on float32 or float64.
 REGISTERS = {"avx512": "zmm", "avx2": "ymm", "baseline": "xmm", "neon": r"v\d+"}
 KERNELS = [
@@ -32,7 +33,7 @@ def functions():
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_dtype
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_compute_in_full_registers(functions, isa, dtype, kernel):
     body = functions[f"{kernel}_{CODES[dtype]}_{isa}"]
