@@ -5,6 +5,7 @@ Metadata is in pyproject.toml. The environment of a build:
 
     CC, CFLAGS, LDFLAGS    as usual; flags that would change results or the ISA are ignored (see FOREIGN)
     FASTBN_DEBUG=1         C asserts and Cython's bounds checks
+    FASTBN_SANITIZE=LIST   -fsanitize=LIST for all C, with the asserts: for `make asan`
     FASTBN_NO_OPENMP=1     serial
     FASTBN_WERROR=1        a warning in our C is an error
 
@@ -29,11 +30,13 @@ from setuptools.modified import newer_group
 DEBUG, NO_OPENMP, WERROR = (
     os.environ.get(f"FASTBN_{name}", "0") not in ("", "0") for name in ("DEBUG", "NO_OPENMP", "WERROR")
 )
+DEBUG = DEBUG or bool(os.environ.get("FASTBN_SANITIZE"))
 
 # For every translation unit, Cython's too: the bits of results depend on them (docs/numerics.md).
 NUMERICS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 # -fwrapv as CPython itself; -g0 because the interpreter's -g makes the library ten times larger.
 OPTIMIZATION = ["-fwrapv", *(["-O1", "-g", "-UNDEBUG", "-DFASTBN_DEBUG=1"] if DEBUG else ["-O3", "-g0", "-DNDEBUG"])]
+SANITIZE = [f"-fsanitize={os.environ['FASTBN_SANITIZE']}"] if os.environ.get("FASTBN_SANITIZE") else []
 WARNINGS = ["-Wall", "-Wextra", *(["-Werror"] if WERROR else [])]
 if DEBUG:  # at -O1 gcc does not unroll the loops that fill a vector and warns of nothing
     WARNINGS.append("-Wno-maybe-uninitialized")
@@ -43,7 +46,6 @@ DIRECTIVES = {
     "wraparound": False,  # in a debug build too: there a negative index is an error
     "initializedcheck": DEBUG,
     "nonecheck": DEBUG,
-    "cdivision": not DEBUG,
 }
 # The floor of NumPy at run time, as in pyproject.toml.
 NUMPY_API = ["-DNPY_NO_DEPRECATED_API=NPY_1_7_API_VERSION", "-DNPY_TARGET_VERSION=NPY_1_23_API_VERSION"]
@@ -166,7 +168,7 @@ class BuildCore(build_ext):
         isas = isa_rows(platform.machine())
         _, floor = isas[-1]
         openmp = ["-fopenmp"] if facts["openmp"] else []
-        common = ["-std=gnu11", *OPTIMIZATION, *NUMERICS, "-fvisibility=hidden"]
+        common = ["-std=gnu11", *OPTIMIZATION, *SANITIZE, *NUMERICS, "-fvisibility=hidden"]
         includes = [f"-I{folder}" for folder in ("src_c", numpy.get_include(), *self.include_dirs)]
         (cythonized,) = cythonize(
             [extension], build_dir=self.build_temp, compiler_directives=DIRECTIVES, force=True, quiet=True
@@ -181,7 +183,7 @@ class BuildCore(build_ext):
             [*own(self.compiler.compiler_so), "-c", source, "-o", target, *flags]
             for (source, flags), target in zip(units.items(), objects, strict=True)
         ]
-        link = [*own(self.compiler.linker_so), *objects, "-o", str(path), *openmp]
+        link = [*own(self.compiler.linker_so), *objects, "-o", str(path), *openmp, *SANITIZE]
         for folder in (self.build_temp, path.parent):
             Path(folder).mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -206,7 +208,7 @@ class BuildCore(build_ext):
 
 if __name__ == "__main__":
     sources = sorted(str(path) for path in Path("src_c").rglob("*") if path.suffix in {".c", ".h", ".inc", ".def"})
-    cython = ["fastbn/_core.pyx", "fastbn/_schedule.pxi"]
+    cython = ["fastbn/_core.pyx", *sorted(str(path) for path in Path("fastbn").glob("*.pxi"))]
     setup(
         ext_modules=[Extension("fastbn._core", cython[:1], depends=["setup.py", *cython, *sources])],
         cmdclass={"build_ext": BuildCore},

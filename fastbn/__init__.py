@@ -1,6 +1,6 @@
 """Batch normalization for NumPy arrays at the speed of memory: training, inference and backward."""
 
-from . import reference, runtime
+from . import memory, reference, runtime
 from .errors import (
     AliasError,
     ArgumentError,
@@ -25,6 +25,7 @@ from .functional import (
     batchnorm_forward,
 )
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .memory import cache_info, empty_cache, set_cache_limit
 from .runtime import get_num_threads, set_num_threads, show_config, threads
 from .stats import Stats, batchnorm_stats
 
@@ -55,9 +56,13 @@ __all__ = [
     "batchnorm_backward",
     "batchnorm_forward",
     "batchnorm_stats",
+    "cache_info",
+    "empty_cache",
     "get_num_threads",
+    "memory",
     "reference",
     "runtime",
+    "set_cache_limit",
     "set_num_threads",
     "show_config",
     "threads",

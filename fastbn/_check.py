@@ -1,25 +1,28 @@
 """Every check of an argument, and every message about one.
 
 A message names the argument, what is accepted and what came. Checks return what the caller goes on with (an index, a
-float, a float64 copy); none of them writes to an argument. Messages are built only when they are raised: small calls
-pass here too.
+float, an array); none of them writes to an argument. Small calls pass here too: messages are built only when they are
+raised, and what has been accepted of plain values is remembered.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
-from typing import Any, NoReturn, TypeAlias
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from . import _layout, runtime
+from . import _core, _layout, runtime
 from .errors import AliasError, ArgumentError, DeviceError, DTypeError, ReadOnlyError, ShapeError, SingleValueError
 
 Array: TypeAlias = npt.NDArray[Any]
-Float64Array: TypeAlias = npt.NDArray[np.float64]
+Vectors: TypeAlias = tuple[Array | None, Array | None, Array | None, Array | None]
+Result = TypeVar("Result")
 
 DEVICES = ("cpu", "cuda")
 # For np.shares_memory, whose worst case is exponential; its stub knows two values only.
@@ -31,13 +34,28 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
 
+def _remembered(check: Callable[..., Result]) -> Callable[..., Result]:
+    """A check of plain values that remembers what it has accepted, by value and type: 1 is not True."""
+    remembering = lru_cache(maxsize=1024, typed=True)(check)
+
+    @wraps(check)
+    def checked(*values: Any) -> Result:
+        try:
+            return remembering(*values)
+        except TypeError:  # a value that cannot be hashed; the check says what is wrong with it
+            pass
+        return check(*values)
+
+    return checked
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Plain values
 
 
 def device(value: Any) -> None:
     """Only the CPU, in this version."""
-    if value == "cpu":
+    if isinstance(value, str) and value == "cpu":
         return
     if isinstance(value, str) and value in DEVICES:
         raise DeviceError(f"device: the {value!r} backend is not installed in this version of fastbn; use device='cpu'")
@@ -54,7 +72,8 @@ def boolean(name: str, value: Any) -> bool:
 def _real(value: Any) -> float:
     """A real number as a float; NaN for everything else, so that one comparison refuses both."""
     if isinstance(value, (float, int, np.floating, np.integer)) and not isinstance(value, bool):
-        return float(value)
+        with suppress(OverflowError):  # an int may be too large
+            return float(value)
     return math.nan
 
 
@@ -85,17 +104,17 @@ def activation(value: Any) -> int:
     raise ArgumentError(f"activation: expected None or one of {_listed(runtime.activations())}, got {value!r}")
 
 
-def training(value: Any, running_mean: Any, running_var: Any) -> bool:
+def training(value: Any, has_mean: bool, has_var: bool) -> bool:
     """Whether the batch's own statistics are used. Explicit if running ones are given: no default is safe."""
-    if (running_mean is None) != (running_var is None):
-        missing, given = ("running_mean", "running_var") if running_mean is None else ("running_var", "running_mean")
+    if has_mean != has_var:
+        missing, given = ("running_var", "running_mean") if has_mean else ("running_mean", "running_var")
         raise ArgumentError(f"{missing}: expected an array, since {given} is given, got None")
     if value is None:
-        if running_mean is None:
+        if not has_mean:
             return True
         raise ArgumentError("training: expected True or False when running statistics are given, got None")
     use_batch = boolean("training", value)
-    if not use_batch and running_mean is None:
+    if not use_batch and not has_mean:
         raise ArgumentError("running_mean: expected running_mean and running_var when training=False, got None")
     return use_batch
 
@@ -103,6 +122,33 @@ def training(value: Any, running_mean: Any, running_var: Any) -> bool:
 def num_threads(value: Any) -> int | None:
     """None or a number of threads."""
     return None if value is None else runtime.check_num_threads(value)
+
+
+class Options(NamedTuple):
+    """The options of forward that are plain values, as `_core` wants them."""
+
+    training: bool
+    update: bool
+    momentum: float
+    eps: float
+    unbiased: bool
+    activation: int
+
+
+@_remembered
+def options(
+    has_mean: bool, has_var: bool, use_batch: Any, weight: Any, epsilon: Any, corrected: Any, fused: Any
+) -> Options:
+    """All of them; whether there are running statistics decides what `training` may be."""
+    use_batch = training(use_batch, has_mean, has_var)
+    return Options(
+        training=use_batch,
+        update=use_batch and has_mean,
+        momentum=momentum(weight),
+        eps=eps(epsilon, use_batch),
+        unbiased=boolean("unbiased", corrected),
+        activation=activation(fused),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,6 +176,7 @@ def supported_dtype(name: str, dtype: np.dtype[Any]) -> int:
     return index
 
 
+@_remembered
 def axis(value: Any, ndim: int) -> int:
     """The channel axis, counted from the front."""
     try:
@@ -138,6 +185,8 @@ def axis(value: Any, ndim: int) -> int:
         index = None
     if index is None or isinstance(value, bool):
         raise ArgumentError(f"axis: expected an integer, got {value!r}")
+    if ndim == 0:
+        raise ShapeError("x: expected at least 1 dimension, got 0")
     if not -ndim <= index < ndim:
         raise ShapeError(f"axis: expected -{ndim} to {ndim - 1} for an x of {ndim} dimensions, got {value}")
     return index % ndim
@@ -151,14 +200,16 @@ def layout(dimensions: int, value: Any) -> None:
 
 def axis_of_layout(ndim: int, dimensions: int, value: Any) -> int:
     """The channel axis of an x of this rank in a layout (None: the one that is meant for this rank)."""
-    layout(dimensions, value)
-    defaults = _layout.DEFAULT_LAYOUTS[dimensions]
-    chosen = defaults.get(ndim) if value is None else value
-    if chosen is None or len(chosen) != ndim:
-        wanted = " or ".join(f"{rank} ({name})" for rank, name in sorted(defaults.items()))
-        wanted = wanted if value is None else f"{len(value)} ({value})"
-        raise ShapeError(f"x: expected {wanted} dimensions, got {ndim}")
-    return str(chosen).index("C")
+    try:
+        return _layout.CHANNEL_AXES[dimensions][value, ndim]
+    except (KeyError, TypeError):  # what is wrong with them follows
+        layout(dimensions, value)
+    wanted = (
+        f"{len(value)} ({value})"
+        if value
+        else " or ".join(f"{rank} ({name})" for rank, name in sorted(_layout.DEFAULT_LAYOUTS[dimensions].items()))
+    )
+    raise ShapeError(f"x: expected {wanted} dimensions, got {ndim}")
 
 
 def several_values(shape: tuple[int, ...], count: int) -> None:
@@ -179,7 +230,7 @@ def _is_float(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "f" or (dtype.kind == "V" and dtype.names is None and np.can_cast(dtype, np.float64))
 
 
-def _float_vector(name: str, value: Any, channels: int) -> Array:
+def _parameter(name: str, value: Any, channels: int) -> Array:
     vector = array(name, value)
     if vector.shape != (channels,):
         raise ShapeError(f"{name}: expected shape ({channels},) for the {channels} channels of x, got {vector.shape}")
@@ -188,22 +239,26 @@ def _float_vector(name: str, value: Any, channels: int) -> Array:
     return vector
 
 
-def parameter(name: str, value: Any, channels: int) -> tuple[Float64Array | None, np.dtype[Any] | None]:
-    """gamma or beta as a float64 copy, which `out` cannot overlap, and the dtype it came in; (None, None) for None."""
-    if value is None:
-        return None, None
-    vector = _float_vector(name, value, channels)
-    return np.array(vector, dtype=np.float64, order="C"), vector.dtype
-
-
-def running(name: str, value: Any, channels: int, update: bool) -> Array:
+def _running(name: str, value: Any, channels: int, update: bool) -> Array:
     """A running statistic; one that will be updated must be an array that can be written."""
     if update and not isinstance(value, np.ndarray):
         raise ArgumentError(f"{name}: expected an ndarray, which training updates in place, got {type(value).__name__}")
-    vector = _float_vector(name, value, channels)
+    vector = _parameter(name, value, channels)
     if update and not vector.flags.writeable:
         raise ReadOnlyError(f"{name}: expected a writable array, which training updates in place, got a read-only one")
     return vector
+
+
+def vectors(gamma: Any, beta: Any, running_mean: Any, running_var: Any, channels: int, update: bool) -> Vectors:
+    """The arrays of a value for each channel, of any float dtype; None stays None."""
+    if _core.are_plain_vectors((gamma, beta, running_mean, running_var), channels):  # what almost all callers have
+        return gamma, beta, running_mean, running_var
+    return (
+        None if gamma is None else _parameter("gamma", gamma, channels),
+        None if beta is None else _parameter("beta", beta, channels),
+        None if running_mean is None else _running("running_mean", running_mean, channels, update),
+        None if running_var is None else _running("running_var", running_var, channels, update),
+    )
 
 
 def companion(name: str, value: Any, x: Array) -> Array:
@@ -211,7 +266,7 @@ def companion(name: str, value: Any, x: Array) -> Array:
     other = array(name, value)
     if other.shape != x.shape:
         raise ShapeError(f"{name}: expected shape {x.shape} as x, got {other.shape}")
-    if other.dtype != x.dtype and runtime.dtype_index(other.dtype) != runtime.dtype_index(x.dtype):
+    if other.dtype is not x.dtype and runtime.dtype_index(other.dtype) != runtime.dtype_index(x.dtype):
         raise DTypeError(f"{name}: expected dtype {x.dtype.newbyteorder('=')} as x, got {other.dtype}")
     return other
 
@@ -223,7 +278,7 @@ def out(value: Any, x: Array) -> Array:
     buffer = np.asarray(value)
     if buffer.shape != x.shape:
         raise ShapeError(f"out: expected shape {x.shape} as x, got {buffer.shape}")
-    wanted = x.dtype.newbyteorder("=")
+    wanted = x.dtype if x.dtype.isnative else x.dtype.newbyteorder("=")
     if buffer.dtype != wanted:
         raise DTypeError(f"out: expected dtype {wanted.name} in native byte order, got {buffer.dtype}")
     if not buffer.flags.writeable:
@@ -238,7 +293,8 @@ def out_view(buffer: Array, axis: int, planar: bool) -> _layout.View:
         view = _layout.view(buffer.shape, buffer.strides, axis, buffer.itemsize, planar)
     if view is None:
         raise ArgumentError(
-            f"out: expected aligned memory in the order of x, got strides {buffer.strides}; pass np.empty_like(x)"
+            f"out: expected aligned memory in the order of x, got strides {buffer.strides}; pass np.empty_like(x), "
+            "or np.empty(x.shape, x.dtype) if x itself has to be copied"
         )
     if not _layout.separate(view.strides, view.shape, buffer.itemsize):
         raise AliasError(f"out: expected elements that do not overlap, got strides {buffer.strides}")
@@ -250,7 +306,7 @@ def out_view(buffer: Array, axis: int, planar: bool) -> _layout.View:
 
 
 def _overlap(a: Array, b: Array) -> bool:
-    if not np.may_share_memory(a, b):
+    if not _core.spans_overlap((a,), (b,)):
         return False
     try:
         return np.shares_memory(a, b, max_work=_MAX_WORK)
@@ -285,25 +341,30 @@ def apart_or_same(name: str, a: Array, other: str, b: Array) -> None:
         _refuse(name, other, f"{other} itself or an array apart from it")
 
 
-def aliases(
-    x: Array, residual: Array | None, out: Array | None, running: list[tuple[str, Array]], update: bool, keep: bool
-) -> None:
-    """What forward writes (out, and the running statistics if `update`) against everything else.
+def updated_apart(running_mean: Array, running_var: Array, x: Array, residual: Array | None) -> None:
+    """The running statistics that training updates, against each other and all that is read with them.
 
-    gamma and beta are copies by now. `keep`: backward will need x, so not even `out is x` is allowed.
+    Nothing has to be known of gamma and beta, here and in `out_apart`: they are copied before anything is written.
     """
-    if update:
-        apart("running_mean", running[0][1], "running_var", running[1][1])
-        for name, array in running:
-            apart(name, array, "x", x)
-            if residual is not None:
-                apart(name, array, "residual", residual)
-    if out is not None:
-        (apart if keep else apart_or_same)("out", out, "x", x)
+    if not _core.spans_overlap((running_mean, running_var), (x, residual)):
+        return
+    apart("running_mean", running_mean, "running_var", running_var)
+    for name, array in (("running_mean", running_mean), ("running_var", running_var)):
+        apart(name, array, "x", x)
         if residual is not None:
-            apart_or_same("out", out, "residual", residual)
-        for name, array in running:
-            apart("out", out, name, array)
+            apart(name, array, "residual", residual)
+
+
+def out_apart(
+    out: Array, keep: bool, x: Array, residual: Array | None, running_mean: Array | None, running_var: Array | None
+) -> None:
+    """The buffer of forward. `keep`: backward will need x, so not even `out is x` is allowed."""
+    (apart if keep else apart_or_same)("out", out, "x", x)
+    if residual is not None:
+        apart_or_same("out", out, "residual", residual)
+    if running_mean is not None and running_var is not None:
+        apart("out", out, "running_mean", running_mean)
+        apart("out", out, "running_var", running_var)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,26 +6,31 @@ Common arguments
     activation  index into `activations()`
     threads     number of threads to use, >= 1
     planar      the kernel family: True for planar, False for interleaved
-    shape       (outer, channels, inner), every one >= 1; interleaved kernels require inner == 1
-    Operand     (array, (outer, channel, inner)): an array and its three strides in bytes
-    statistics  float64 array of shape (5, channels), C-contiguous; its rows are the STATISTICS_* below
+    shape       (outer, channels, inner); interleaved kernels require inner == 1; nothing is computed if one is 0
+    _Operand    (array, (outer, channel, inner)): an array and its three strides in bytes
+    vector      array of shape (channels,), of any float dtype and any stride
+    statistics  float64 array of shape (STATISTICS_ROWS, channels), C-contiguous; its rows are the STATISTICS_* below
 """
 
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-Float64Array: TypeAlias = npt.NDArray[np.float64]
-MaskArray: TypeAlias = npt.NDArray[np.uint8]
-Shape: TypeAlias = tuple[int, int, int]
-Operand: TypeAlias = tuple[npt.NDArray[np.generic], tuple[int, int, int]]
+_Float64Array: TypeAlias = npt.NDArray[np.float64]
+_Array: TypeAlias = npt.NDArray[Any]
+_MaskArray: TypeAlias = npt.NDArray[np.uint8]
+_Shape: TypeAlias = tuple[int, int, int]
+_Operand: TypeAlias = tuple[npt.NDArray[np.generic], tuple[int, int, int]]
 
 STATISTICS_MEAN: Final[int]  # mean, rounded to float64
 STATISTICS_MEAN_LO: Final[int]  # what the rounding of the mean has lost
 STATISTICS_M2: Final[int]  # sum of (x - mean)^2
 STATISTICS_VAR: Final[int]  # population variance
 STATISTICS_RSTD: Final[int]  # 1 / sqrt(var + eps)
+STATISTICS_GAMMA: Final[int]  # copies of the vectors that forward was given, else 0
+STATISTICS_BETA: Final[int]
+STATISTICS_ROWS: Final[int]
 
 OPENMP: Final[bool]  # compiled with OpenMP
 DEBUG: Final[bool]  # compiled with FASTBN_DEBUG=1
@@ -40,65 +45,88 @@ def dtypes() -> tuple[tuple[str, str], ...]:
 def activations() -> tuple[str, ...]:
     """Names of the activations; the first is "identity"."""
 
-def mask_nbytes(planar: bool, shape: Shape) -> int:
+def mask_nbytes(planar: bool, shape: _Shape) -> int:
     """Bytes of the mask that `forward` fills when an activation follows a residual."""
 
 def statistics(
-    isa: int, dtype: int, threads: int, planar: bool, shape: Shape, x: Operand, statistics: Float64Array
+    isa: int, dtype: int, threads: int, planar: bool, shape: _Shape, x: _Operand, statistics: _Float64Array
 ) -> None:
-    """Fill all rows but rstd from x."""
+    """Fill the rows from x, up to STATISTICS_VAR."""
 
 def forward(
     isa: int,
     dtype: int,
     threads: int,
     planar: bool,
-    shape: Shape,
-    x: Operand,
-    residual: Operand | None,
-    y: Operand,
-    mask: MaskArray | None,
+    shape: _Shape,
+    x: _Operand,
+    residual: _Operand | None,
+    y: _Operand,
+    mask: _MaskArray | None,
     activation: int,
-    gamma: Float64Array | None,
-    beta: Float64Array | None,
+    gamma: _Array | None,
+    beta: _Array | None,
+    running_mean: _Array | None,
+    running_var: _Array | None,
     eps: float,
-    statistics: Float64Array,
     training: bool,
-) -> None:
-    """Write y. Training fills all of `statistics` from x; inference reads mean, mean_lo and var and fills rstd."""
+    momentum: float,
+    unbiased: bool,
+) -> _Float64Array:
+    """Write y; return the statistics.
+
+    Training takes them from x, and updates running vectors if there are some: computed in float64 and rounded once.
+    Inference takes them from the running vectors. All vectors are converted in the default floating-point mode.
+    """
 
 def backward(
     isa: int,
     dtype: int,
     threads: int,
     planar: bool,
-    shape: Shape,
-    x: Operand,
-    dy: Operand,
-    dx: Operand,
-    dresidual: Operand | None,
-    mask: MaskArray | None,
+    shape: _Shape,
+    x: _Operand,
+    dy: _Operand,
+    dx: _Operand,
+    dresidual: _Operand | None,
+    mask: _MaskArray | None,
     activation: int,
-    gamma: Float64Array | None,
-    beta: Float64Array | None,
-    statistics: Float64Array,
+    statistics: _Float64Array,
     training: bool,
-    dgamma: Float64Array,
-    dbeta: Float64Array,
-) -> None:
-    """Write dx (and dresidual), dgamma and dbeta. dx may be dy itself."""
+    gamma_dtype: np.dtype[Any] | None,
+    beta_dtype: np.dtype[Any] | None,
+) -> tuple[_Array | None, _Array | None]:
+    """Write dx (and dresidual); return dgamma and dbeta in these dtypes, None where forward had no such vector.
 
-class DefaultMode:
-    """Context manager: round to nearest and keep denormals in this thread, whatever another library has set.
-
-    The kernels see to that themselves; this is for the conversions that NumPy does around them.
+    dx may be dy itself. `statistics` are what forward has returned.
     """
 
-    def __enter__(self) -> None: ...
-    def __exit__(self, *exception: object) -> None: ...
+def are_plain_vectors(vectors: tuple[Any, ...], channels: int) -> bool:
+    """Whether all but None are vectors that pass every check: ndarrays of float32 or float64 that can be written."""
 
-def update_running(running: Float64Array, batch: Float64Array, momentum: float) -> None:
-    """running = (1 - momentum) * running + momentum * batch, in place."""
+def spans_overlap(written: tuple[_Array, ...], others: tuple[_Array | None, ...]) -> bool:
+    """Whether the memory from first to last byte of a written array meets that of any other, of either group.
+
+    The elements between may still be apart (`numpy.shares_memory`). An empty array has no memory.
+    """
+
+def description(array: _Array, axis: int) -> bytes:
+    """Dtype, byte order, alignment, shape, strides and the axis: equal for arrays that differ in values at most."""
+
+def empty_like(array: _Array, dtype: np.dtype[Any] | None = None) -> _Array:
+    """numpy.empty_like(array, dtype, subok=False); a large one from the blocks that are kept (see `fastbn.memory`)."""
+
+def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> _Array:
+    """numpy.empty(shape, dtype); likewise."""
+
+def set_cache_limit(limit: int) -> None:
+    """Keep at most so many bytes in idle blocks, from now on; 0 leaves large arrays to NumPy too."""
+
+def empty_cache() -> None:
+    """Return all idle blocks to the system."""
+
+def cache_info() -> tuple[int, int, int, int, int]:
+    """(limit, bytes of idle blocks, idle blocks, results from one of them, results from new memory)."""
 
 def copy(
     isa: int, threads: int, destination: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8], stream: bool

@@ -6,7 +6,11 @@ Callers have checked every argument; nothing here does.
 """
 
 cimport numpy as cnp
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int64_t, uint64_t
+
+import numpy
 
 cnp.import_array()
 
@@ -15,7 +19,7 @@ cdef extern from "fastbn.h" nogil:
     enum:
         FASTBN_LANES
         FASTBN_PLANAR_BLOCK
-        FASTBN_INTERLEAVED_BLOCK
+        FASTBN_FOLD_BELOW
         FASTBN_ALIGNMENT
         FASTBN_MEAN_HI
         FASTBN_MEAN_LO
@@ -50,7 +54,7 @@ cdef extern from "fastbn.h" nogil:
     ctypedef void fastbn_kernel(const fastbn_block *) noexcept nogil
 
     ctypedef struct fastbn_kernels:
-        int64_t itemsize, coefficient_size
+        int64_t itemsize, coefficient_size, planar_block, interleaved_block
         double shift_limit
         fastbn_kernel *stats[2]
         fastbn_kernel *apply[2]
@@ -127,12 +131,17 @@ cpdef enum:
     STATISTICS_M2
     STATISTICS_VAR
     STATISTICS_RSTD
+    STATISTICS_GAMMA
+    STATISTICS_BETA
+    STATISTICS_ROWS
 
 OPENMP = bool(FASTBN_OPENMP)
 DEBUG = bool(FASTBN_IS_DEBUG)
 COMPILER = FASTBN_COMPILER.decode()
+cdef cnp.dtype FLOAT64 = cnp.PyArray_DescrFromType(cnp.NPY_DOUBLE)
 
 include "_schedule.pxi"
+include "_memory.pxi"
 
 
 def isas():
@@ -174,10 +183,6 @@ cdef Array operand(tuple pair):
     return array
 
 
-cdef double *doubles(array):
-    return NULL if array is None else <double *>cnp.PyArray_DATA(<cnp.ndarray>array)
-
-
 cdef Job new_job(int isa, int dtype, int threads, bint planar, tuple shape, tuple x):
     cdef Job job
     memset(&job, 0, sizeof(job))
@@ -191,15 +196,93 @@ cdef Job new_job(int isa, int dtype, int threads, bint planar, tuple shape, tupl
 
 cdef void carry_out(Job *job) except *:
     cdef bint done
+    if job.outer * job.channels * job.inner == 0:
+        return
     with nogil:
         done = run(job)
     if not done:
         raise MemoryError("fastbn: no memory for the scratch of a call")
 
 
-def statistics(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, statistics):
+# ----------------------------------------------------------------------------------------------------
+# vectors of a value for each channel: float64 inside, any float dtype and stride outside
+
+cdef extern from "numpy/arrayobject.h":
+    # `dtype` is taken over: it needs a reference of its own.
+    object PyArray_Zeros(int rank, cnp.npy_intp *shape, cnp.dtype dtype, int fortran)
+
+
+cdef cnp.ndarray zeros(int64_t channels, cnp.dtype dtype):
+    cdef cnp.npy_intp extent = channels
+    Py_INCREF(dtype)
+    return PyArray_Zeros(1, &extent, dtype, 0)
+
+
+cdef bint is_direct(cnp.ndarray vector):
+    """Whether the loops below can read and write it; NumPy converts the others."""
+    cdef int number = cnp.PyArray_TYPE(vector)
+    return (number == cnp.NPY_FLOAT or number == cnp.NPY_DOUBLE) and cnp.PyArray_ISBEHAVED_RO(vector)
+
+
+cdef double *load(double *to, cnp.ndarray vector) except NULL:
+    """Copy a vector to adjacent float64."""
+    cdef int64_t i, stride
+    cdef const char *place
+    if not is_direct(vector):
+        vector = vector.astype("f8")
+    place = <const char *>cnp.PyArray_DATA(vector)
+    stride = cnp.PyArray_STRIDE(vector, 0)
+    if cnp.PyArray_TYPE(vector) == cnp.NPY_FLOAT:
+        for i in range(cnp.PyArray_DIM(vector, 0)):
+            to[i] = (<const float *>(place + i * stride))[0]
+    else:
+        for i in range(cnp.PyArray_DIM(vector, 0)):
+            to[i] = (<const double *>(place + i * stride))[0]
+    return to
+
+
+cdef int store(cnp.ndarray vector, cnp.ndarray values) except -1:
+    """Round float64 to the dtype of a vector. What is too large for it becomes Inf, without a warning."""
+    cdef int64_t i, stride = cnp.PyArray_STRIDE(vector, 0)
+    cdef const double *value = <const double *>cnp.PyArray_DATA(values)
+    cdef char *place = <char *>cnp.PyArray_DATA(vector)
+    if not is_direct(vector):
+        with numpy.errstate(all="ignore"):
+            vector[...] = values
+    elif cnp.PyArray_TYPE(vector) == cnp.NPY_FLOAT:
+        for i in range(cnp.PyArray_DIM(vector, 0)):
+            (<float *>(place + i * stride))[0] = <float>value[i]
+    else:
+        for i in range(cnp.PyArray_DIM(vector, 0)):
+            (<double *>(place + i * stride))[0] = value[i]
+    return 0
+
+
+cdef int update(cnp.ndarray running, const double *batch, double divisor, double momentum) except -1:
+    """running = (1 - momentum) * running + momentum * batch / divisor, rounded once."""
+    cdef int64_t i, channels = cnp.PyArray_DIM(running, 0)
+    cdef cnp.ndarray updated = zeros(channels, FLOAT64)
+    cdef double *r = load(<double *>cnp.PyArray_DATA(updated), running)
+    for i in range(channels):
+        r[i] = (1 - momentum) * r[i] + momentum * (batch[i] / divisor)
+    return store(running, updated)
+
+
+cdef rounded(cnp.ndarray values, dtype):
+    """The values in this dtype; None for None."""
+    if dtype is None:
+        return None
+    cdef cnp.ndarray vector = zeros(cnp.PyArray_DIM(values, 0), dtype)
+    store(vector, values)
+    return vector
+
+
+# ----------------------------------------------------------------------------------------------------
+# calls
+
+def statistics(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, cnp.ndarray statistics):
     cdef Job job = new_job(isa, dtype, threads, planar, shape, x)
-    job.statistics = doubles(statistics)
+    job.statistics = <double *>cnp.PyArray_DATA(statistics)
     job.statistics_only = True
     job.finish = finish_forward
     job.reduce = job.kernels.stats[planar]
@@ -207,60 +290,126 @@ def statistics(int isa, int dtype, int threads, bint planar, tuple shape, tuple 
 
 
 def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, tuple residual, tuple y, mask,
-            int activation, gamma, beta, double eps, statistics, bint training):
+            int activation, gamma, beta, running_mean, running_var, double eps, bint training, momentum, bint unbiased):
     cdef Job job = new_job(isa, dtype, threads, planar, shape, x)
-    job.residual = operand(residual)
-    job.y = operand(y)
-    job.mask = <char *>doubles(mask)
-    job.activation = activation
-    job.gamma = doubles(gamma)
-    job.beta = doubles(beta)
-    job.eps = eps
-    job.statistics = doubles(statistics)
-    job.training = training
-    job.finish = finish_forward
-    job.reduce = job.kernels.stats[planar] if training else NULL
-    job.map = job.kernels.apply[planar]
-    carry_out(&job)
+    cdef cnp.npy_intp *extents = [STATISTICS_ROWS, job.channels]
+    cdef cnp.ndarray statistics = cnp.PyArray_ZEROS(2, extents, cnp.NPY_DOUBLE, 0)
+    cdef double *rows = <double *>cnp.PyArray_DATA(statistics)
+    cdef int64_t count = job.outer * job.inner
+    cdef uint64_t saved = fastbn_enter()
+    try:
+        job.residual = operand(residual)
+        job.y = operand(y)
+        job.mask = NULL if mask is None else <char *>cnp.PyArray_DATA(mask)
+        job.activation = activation
+        job.gamma = NULL if gamma is None else load(rows + STATISTICS_GAMMA * job.channels, gamma)
+        job.beta = NULL if beta is None else load(rows + STATISTICS_BETA * job.channels, beta)
+        job.eps = eps
+        job.statistics = rows
+        job.training = training
+        job.finish = finish_forward
+        job.map = job.kernels.apply[planar]
+        if training:
+            job.reduce = job.kernels.stats[planar]
+        else:
+            load(rows + STATISTICS_MEAN * job.channels, running_mean)
+            load(rows + STATISTICS_VAR * job.channels, running_var)
+        carry_out(&job)
+        if training and running_mean is not None and count > 0:
+            update(running_mean, rows + STATISTICS_MEAN * job.channels, 1, momentum)
+            if unbiased:
+                update(running_var, rows + STATISTICS_M2 * job.channels, <double>(count - 1), momentum)
+            else:
+                update(running_var, rows + STATISTICS_VAR * job.channels, 1, momentum)
+    finally:
+        fastbn_leave(saved)
+    return statistics
 
 
 def backward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, tuple dy, tuple dx, tuple dresidual,
-             mask, int activation, gamma, beta, statistics, bint training, dgamma, dbeta):
+             mask, int activation, cnp.ndarray statistics, bint training, gamma_dtype, beta_dtype):
     cdef Job job = new_job(isa, dtype, threads, planar, shape, x)
-    job.dy = operand(dy)
-    job.dx = operand(dx)
-    job.dresidual = operand(dresidual)
-    job.mask = <char *>doubles(mask)
-    job.activation = activation
-    job.gamma = doubles(gamma)
-    job.beta = doubles(beta)
-    job.statistics = doubles(statistics)
-    job.training = training
-    job.dgamma = doubles(dgamma)
-    job.dbeta = doubles(dbeta)
-    job.finish = finish_backward
-    job.reduce = job.kernels.backward_stats[planar]
-    job.map = job.kernels.backward_apply[planar]
-    carry_out(&job)
+    cdef double *rows = <double *>cnp.PyArray_DATA(statistics)
+    cdef cnp.ndarray dgamma = zeros(job.channels, FLOAT64), dbeta = zeros(job.channels, FLOAT64)
+    cdef uint64_t saved = fastbn_enter()
+    try:
+        job.dy = operand(dy)
+        job.dx = operand(dx)
+        job.dresidual = operand(dresidual)
+        job.mask = NULL if mask is None else <char *>cnp.PyArray_DATA(mask)
+        job.activation = activation
+        job.gamma = NULL if gamma_dtype is None else rows + STATISTICS_GAMMA * job.channels
+        job.beta = NULL if beta_dtype is None else rows + STATISTICS_BETA * job.channels
+        job.statistics = rows
+        job.training = training
+        job.dgamma = <double *>cnp.PyArray_DATA(dgamma)
+        job.dbeta = <double *>cnp.PyArray_DATA(dbeta)
+        job.finish = finish_backward
+        if training or job.gamma != NULL or job.beta != NULL:
+            job.reduce = job.kernels.backward_stats[planar]
+        job.map = job.kernels.backward_apply[planar]
+        carry_out(&job)
+        return rounded(dgamma, gamma_dtype), rounded(dbeta, beta_dtype)
+    finally:
+        fastbn_leave(saved)
 
 
-cdef class DefaultMode:
-    """Context manager: the default floating-point mode in this thread, for NumPy's conversions around a call."""
-    cdef uint64_t saved
+# ----------------------------------------------------------------------------------------------------
+# questions about arrays that every call asks
 
-    def __enter__(self):
-        self.saved = fastbn_enter()
+def are_plain_vectors(tuple vectors, int64_t channels):
+    for vector in vectors:
+        if vector is not None and not (
+                cnp.PyArray_CheckExact(vector) and cnp.PyArray_NDIM(vector) == 1
+                and cnp.PyArray_DIM(vector, 0) == channels and is_direct(vector) and cnp.PyArray_ISWRITEABLE(vector)):
+            return False
+    return True
 
-    def __exit__(self, *exception):
-        fastbn_leave(self.saved)
+
+def description(cnp.ndarray array, int axis):
+    cdef int64_t words[2 * cnp.NPY_MAXDIMS + 2]
+    cdef int i, rank = cnp.PyArray_NDIM(array)
+    words[0] = cnp.PyArray_TYPE(array) << 8 | axis
+    words[1] = cnp.PyArray_ITEMSIZE(array) << 8 | (cnp.PyArray_ISALIGNED(array) << 1) | cnp.PyArray_ISNOTSWAPPED(array)
+    for i in range(rank):
+        words[2 + i] = cnp.PyArray_DIM(array, i)
+        words[2 + rank + i] = cnp.PyArray_STRIDE(array, i)
+    return PyBytes_FromStringAndSize(<const char *>words, (2 + 2 * rank) * sizeof(int64_t))
 
 
-def update_running(running, batch, double momentum):
-    cdef double *r = doubles(running)
-    cdef double *b = doubles(batch)
-    cdef int64_t i, channels = cnp.PyArray_SIZE(running)
-    for i in range(channels):
-        r[i] = (1 - momentum) * r[i] + momentum * b[i]
+cdef (uint64_t, uint64_t) span(cnp.ndarray array):
+    """The first byte and the one behind the last; the same for an empty array."""
+    cdef uint64_t first = <uint64_t>cnp.PyArray_DATA(array), last = first
+    cdef int64_t extent, stride
+    cdef int axis
+    for axis in range(cnp.PyArray_NDIM(array)):
+        extent, stride = cnp.PyArray_DIM(array, axis), cnp.PyArray_STRIDE(array, axis)
+        if extent == 0:
+            return first, first
+        if stride < 0:
+            first += (extent - 1) * stride
+        else:
+            last += (extent - 1) * stride
+    return first, last + cnp.PyArray_ITEMSIZE(array)
+
+
+cdef bint meet(cnp.ndarray a, cnp.ndarray b):
+    cdef uint64_t first_a, last_a, first_b, last_b
+    first_a, last_a = span(a)
+    first_b, last_b = span(b)
+    return first_a < last_b and first_b < last_a and first_a < last_a and first_b < last_b
+
+
+def spans_overlap(tuple written, tuple others):
+    cdef Py_ssize_t i, j
+    for i in range(len(written)):
+        for j in range(i):
+            if meet(written[i], written[j]):
+                return True
+        for other in others:
+            if other is not None and meet(written[i], other):
+                return True
+    return False
 
 
 def copy(int isa, int threads, destination, source, bint stream):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -12,15 +12,14 @@ import numpy.typing as npt
 from . import _check, _core, _layout, runtime
 from .errors import ArgumentError
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 Array: TypeAlias = npt.NDArray[Any]
 Float64Array: TypeAlias = npt.NDArray[np.float64]
 
+_UINT8 = np.dtype(np.uint8)
+
 
 class Options(TypedDict, total=False):
-    """The keyword arguments of all forward functions; `forward` has their defaults, `batchnorm2d` their meaning."""
+    """The keyword arguments of all forward functions; `batchnorm2d` says what they mean."""
 
     running_mean: Array | None
     running_var: Array | None
@@ -35,6 +34,22 @@ class Options(TypedDict, total=False):
     num_threads: int | None
 
 
+# In the order of Options, which is that in which `forward` unpacks them.
+DEFAULTS: Options = {
+    "running_mean": None,
+    "running_var": None,
+    "training": None,
+    "momentum": 0.1,
+    "eps": 1e-5,
+    "unbiased": True,
+    "activation": None,
+    "residual": None,
+    "out": None,
+    "device": "cpu",
+    "num_threads": None,
+}
+
+
 class BatchNormCache:
     """What backward needs from forward. Leave `x` unchanged until then: it is not copied.
 
@@ -42,7 +57,8 @@ class BatchNormCache:
     ----------
     x : ndarray
         The input (or the copy of it, if its memory order had to be changed).
-    gamma : ndarray of float64, shape (C,), or None
+    gamma : ndarray of float64, shape (C,), read-only, or None
+        A copy.
     mean, rstd : ndarray of float64, shape (C,), read-only
         The statistics that were used: of the batch in training, else the running ones; ``rstd = 1 / sqrt(var + eps)``.
     nbytes : int
@@ -52,10 +68,8 @@ class BatchNormCache:
     __slots__ = (
         "_activation",
         "_axis",
-        "_beta",
         "_beta_dtype",
         "_dtype",
-        "_gamma",
         "_gamma_dtype",
         "_mask",
         "_residual",
@@ -66,16 +80,14 @@ class BatchNormCache:
     )
     _x: Array
     _axis: int
-    _view: _layout.View | None  # None: an empty batch
+    _view: _layout.View
     _dtype: int
     _activation: int
     _training: bool
     _residual: bool
     _statistics: Float64Array
     _mask: npt.NDArray[np.uint8] | None
-    _gamma: Float64Array | None
     _gamma_dtype: np.dtype[Any] | None
-    _beta: Float64Array | None
     _beta_dtype: np.dtype[Any] | None
 
     def _row(self, index: int) -> Float64Array:
@@ -89,7 +101,7 @@ class BatchNormCache:
 
     @property
     def gamma(self) -> Float64Array | None:
-        return self._gamma
+        return None if self._gamma_dtype is None else self._row(_core.STATISTICS_GAMMA)
 
     @property
     def mean(self) -> Float64Array:
@@ -101,7 +113,7 @@ class BatchNormCache:
 
     @property
     def nbytes(self) -> int:
-        kept = (self._x, self._statistics, self._mask, self._gamma, self._beta)
+        kept = (self._x, self._statistics, self._mask)
         return sum(array.nbytes for array in kept if array is not None)
 
     def __repr__(self) -> str:
@@ -123,126 +135,87 @@ class Gradients:
 
 
 def forward(
-    x: Array,
-    gamma: npt.ArrayLike | None,
-    beta: npt.ArrayLike | None,
-    axis: int,
-    keep: bool,
-    /,
-    *,
-    running_mean: Array | None = None,
-    running_var: Array | None = None,
-    training: bool | None = None,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    unbiased: bool = True,
-    activation: str | None = None,
-    residual: npt.ArrayLike | None = None,
-    out: Array | None = None,
-    device: str = "cpu",
-    num_threads: int | None = None,
+    x: Array, gamma: npt.ArrayLike | None, beta: npt.ArrayLike | None, axis: int, keep: bool, given: Options
 ) -> tuple[Array, BatchNormCache | None]:
     """Every forward function; `keep` asks for the cache. Nothing is written before all arguments have been checked."""
+    # Unpacked from a dictionary: passing on keyword arguments costs more than a small batch.
+    merged: dict[str, Any] = {**DEFAULTS, **given}
+    if len(merged) != len(DEFAULTS):
+        unknown = next(name for name in merged if name not in DEFAULTS)
+        raise TypeError(f"got an unexpected keyword argument {unknown!r}")
+    (mean, var, training, momentum, eps, unbiased, activation, residual, out, device, num_threads) = merged.values()
     _check.device(device)
-    dtype = _check.supported_dtype("x", x.dtype)
-    training = _check.training(training, running_mean, running_var)
-    update = training and running_mean is not None
-    eps = _check.eps(eps, training)
-    momentum = _check.momentum(momentum)
-    unbiased = _check.boolean("unbiased", unbiased)
-    act = _check.activation(activation)
+    training, update, momentum, eps, unbiased, act = _check.options(
+        mean is not None, var is not None, training, momentum, eps, unbiased, activation
+    )
     threads = _check.num_threads(num_threads)
-    with _core.DefaultMode():  # for the conversions to and from float64
-        channels = x.shape[axis]
-        gamma64, gamma_dtype = _check.parameter("gamma", gamma, channels)
-        beta64, beta_dtype = _check.parameter("beta", beta, channels)
-        running: list[tuple[str, Array]] = []
-        if running_mean is not None:
-            running = [
-                (name, _check.running(name, value, channels, update))
-                for name, value in (("running_mean", running_mean), ("running_var", running_var))
-            ]
-        added = None if residual is None else _check.companion("residual", residual, x)
-        buffer = None if out is None else _check.out(out, x)
-        count = x.size // channels if channels else 0
-        if training:
-            _check.several_values(x.shape, count)
-        _check.aliases(x, added, buffer, running, update, keep)
+    dtype, channels, per_channel, view = _layout.plan(x, axis)
+    if dtype is None:
+        dtype = _check.supported_dtype("x", x.dtype)
+    if training:
+        _check.several_values(x.shape, per_channel)
+    gamma, beta, mean, var = _check.vectors(gamma, beta, mean, var, channels, update)
+    added = None if residual is None else _check.companion("residual", residual, x)
+    if update:
+        assert mean is not None and var is not None
+        _check.updated_apart(mean, var, x, added)
+    buffer = None
+    if out is not None:
+        buffer = _check.out(out, x)
+        _check.out_apart(buffer, keep, x, added, mean, var)
 
-        rows: Float64Array = np.zeros((_core.STATISTICS_RSTD + 1, channels))
-        mask, view, y, cached = None, None, out, x
-        if x.size == 0:
-            y = np.empty_like(x, dtype=x.dtype.newbyteorder("=")) if out is None else out
-        else:
-            data, view = _layout.reduced("x", x, axis)
-            cached, planar, shape = data, view.planar, view.shape
-            if buffer is None:
-                y, y_view = _layout.new_like(data, axis, planar)
-                target = (y, y_view.strides)
-            else:
-                target = (buffer, _check.out_view(buffer, axis, planar).strides)
-            addend = None
-            if added is not None:
-                added, added_view = _layout.reduced("residual", added, axis, planar)
-                addend = (added, added_view.strides)
-                if keep and act:
-                    mask = np.empty(_core.mask_nbytes(planar, shape), np.uint8)
-            if not training:
-                rows[_core.STATISTICS_MEAN] = running[0][1]
-                rows[_core.STATISTICS_VAR] = running[1][1]
-            threads = runtime.choose_threads(threads, data.nbytes)
-            isa, source = runtime.current_isa(), (data, view.strides)
-            _core.forward(
-                isa,
-                dtype,
-                threads,
-                planar,
-                shape,
-                source,
-                addend,
-                target,
-                mask,
-                act,
-                gamma64,
-                beta64,
-                eps,
-                rows,
-                training,
-            )
-            if update:
-                _update_running(running, rows, count, momentum, unbiased)
-    assert y is not None
+    data = x
+    if view is None:
+        data, view = _layout.reduced("x", x, axis)
+    planar, shape, strides, _dense = view
+    if buffer is None:
+        y, y_strides = _layout.new_like(data, axis, view)
+    else:
+        y, y_strides = out, _check.out_view(buffer, axis, planar).strides
+    addend = mask = None
+    if added is not None:
+        added, added_view = _layout.reduced("residual", added, axis, planar)
+        addend = (added, added_view.strides)
+        if keep and act:
+            mask = _core.empty((_core.mask_nbytes(planar, shape),), _UINT8)
+    statistics = _core.forward(
+        runtime.current_isa(),
+        dtype,
+        runtime.choose_threads(threads, x.nbytes),
+        planar,
+        shape,
+        (data, strides),
+        addend,
+        (y if buffer is None else buffer, y_strides),
+        mask,
+        act,
+        gamma,
+        beta,
+        mean,
+        var,
+        eps,
+        training,
+        momentum,
+        unbiased,
+    )
     if not keep:
         return y, None
     cache = BatchNormCache()
-    cache._x, cache._axis, cache._view, cache._dtype = cached, axis, view, dtype
-    cache._activation, cache._training, cache._residual = act, training, residual is not None
-    cache._statistics, cache._mask = rows, mask
-    cache._gamma, cache._gamma_dtype, cache._beta, cache._beta_dtype = gamma64, gamma_dtype, beta64, beta_dtype
+    cache._x, cache._axis, cache._view, cache._dtype = data, axis, view, dtype
+    cache._activation, cache._training, cache._residual = act, training, added is not None
+    cache._statistics, cache._mask = statistics, mask
+    cache._gamma_dtype = None if gamma is None else gamma.dtype
+    cache._beta_dtype = None if beta is None else beta.dtype
     return y, cache
 
 
 def forward_with_cache(
-    x: Array, gamma: npt.ArrayLike | None, beta: npt.ArrayLike | None, axis: int, /, **options: Unpack[Options]
+    x: Array, gamma: npt.ArrayLike | None, beta: npt.ArrayLike | None, axis: int, given: Options
 ) -> tuple[Array, BatchNormCache]:
     """`forward` that keeps what backward needs."""
-    y, cache = forward(x, gamma, beta, axis, True, **options)
+    y, cache = forward(x, gamma, beta, axis, True, given)
     assert cache is not None
     return y, cache
-
-
-def _update_running(
-    running: list[tuple[str, Array]], rows: Float64Array, count: int, momentum: float, unbiased: bool
-) -> None:
-    """Both running statistics, computed in float64 and rounded once to their own dtype."""
-    var = rows[_core.STATISTICS_M2] / float(count - 1) if unbiased else rows[_core.STATISTICS_VAR]
-    updated: Float64Array = np.empty((2, rows.shape[1]))
-    for index, batch in enumerate((rows[_core.STATISTICS_MEAN], var)):
-        updated[index] = running[index][1]
-        _core.update_running(updated[index], batch, momentum)
-    with np.errstate(over="ignore"):  # what a narrow running array cannot hold becomes Inf, without a warning
-        for index in (0, 1):
-            running[index][1][...] = updated[index]
 
 
 def backward(dy: npt.ArrayLike, cache: BatchNormCache, out: Array | None, num_threads: int | None) -> Gradients:
@@ -250,55 +223,35 @@ def backward(dy: npt.ArrayLike, cache: BatchNormCache, out: Array | None, num_th
     if not isinstance(cache, BatchNormCache):
         raise ArgumentError(f"cache: expected the cache of a forward function, got {type(cache).__name__}")
     x, axis, view = cache._x, cache._axis, cache._view
-    gradient = _check.companion("dy", _check.array("dy", dy), x)
+    gradient = _check.companion("dy", dy, x)
     threads = _check.num_threads(num_threads)
-    buffer = None if out is None else _check.out(out, x)
-    if buffer is not None:
+    if out is None:
+        dx, dx_strides = _layout.new_like(x, axis, view)
+        target = (dx, dx_strides)
+    else:
+        buffer = _check.out(out, x)
         _check.apart("out", buffer, "x", x)
         _check.apart_or_same("out", buffer, "dy", gradient)
-    with _core.DefaultMode():  # for the conversions of dgamma and dbeta
-        dgamma, dbeta = np.zeros(x.shape[axis]), np.zeros(x.shape[axis])
-        dresidual = None
-        dx: Array
-        if view is None:
-            dx = np.empty_like(x, dtype=x.dtype.newbyteorder("=")) if out is None else out
-            dresidual = np.empty_like(x, dtype=x.dtype.newbyteorder("=")) if cache._residual else None
-        else:
-            planar = view.planar
-            if out is None:
-                dx, dx_view = _layout.new_like(x, axis, planar)
-                target = (dx, dx_view.strides)
-            else:
-                assert buffer is not None
-                dx, target = out, (buffer, _check.out_view(buffer, axis, planar).strides)
-            gradient, dy_view = _layout.reduced("dy", gradient, axis, planar)
-            second = None
-            if cache._residual:
-                dresidual, dresidual_view = _layout.new_like(x, axis, planar)
-                second = (dresidual, dresidual_view.strides)
-            _core.backward(
-                runtime.current_isa(),
-                cache._dtype,
-                runtime.choose_threads(threads, x.nbytes),
-                planar,
-                view.shape,
-                (x, view.strides),
-                (gradient, dy_view.strides),
-                target,
-                second,
-                cache._mask,
-                cache._activation,
-                cache._gamma,
-                cache._beta,
-                cache._statistics,
-                cache._training,
-                dgamma,
-                dbeta,
-            )
-        with np.errstate(over="ignore"):
-            return Gradients(
-                dx,
-                None if cache._gamma_dtype is None else dgamma.astype(cache._gamma_dtype, copy=False),
-                None if cache._beta_dtype is None else dbeta.astype(cache._beta_dtype, copy=False),
-                dresidual,
-            )
+        dx, target = out, (buffer, _check.out_view(buffer, axis, view.planar).strides)
+    gradient, dy_view = _layout.reduced("dy", gradient, axis, view.planar)
+    dresidual = second = None
+    if cache._residual:
+        second = dresidual, _ = _layout.new_like(x, axis, view)
+    dgamma, dbeta = _core.backward(
+        runtime.current_isa(),
+        cache._dtype,
+        runtime.choose_threads(threads, x.nbytes),
+        view.planar,
+        view.shape,
+        (x, view.strides),
+        (gradient, dy_view.strides),
+        target,
+        second,
+        cache._mask,
+        cache._activation,
+        cache._statistics,
+        cache._training,
+        cache._gamma_dtype,
+        cache._beta_dtype,
+    )
+    return Gradients(dx, dgamma, dbeta, dresidual)

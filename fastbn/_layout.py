@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from . import runtime
+from . import _core, runtime
 
 Array: TypeAlias = npt.NDArray[Any]
 Extents: TypeAlias = tuple[int, ...]
@@ -29,6 +29,13 @@ DEFAULT_LAYOUTS: dict[int, dict[int, str]] = {
     dimensions: {len(layout): layout for layout in reversed(layouts)} for dimensions, layouts in LAYOUTS.items()
 }
 
+# Per number of dimensions: (layout or None, rank of x) -> channel axis.
+CHANNEL_AXES: dict[int, dict[tuple[str | None, int], int]] = {
+    dimensions: {(layout, len(layout)): layout.index("C") for layout in layouts}
+    | {(None, rank): layout.index("C") for rank, layout in DEFAULT_LAYOUTS[dimensions].items()}
+    for dimensions, layouts in LAYOUTS.items()
+}
+
 
 class View(NamedTuple):
     """An array as the kernels see it; strides in bytes."""
@@ -36,6 +43,7 @@ class View(NamedTuple):
     planar: bool
     shape: Triple
     strides: Triple
+    dense: bool  # a new array like this one has the same strides
 
 
 def _merged_stride(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> int | None:
@@ -59,7 +67,7 @@ def _interleaved(shape: Extents, strides: Extents, axis: int, itemsize: int) -> 
     stride = _merged_stride(shape[:axis] + shape[axis + 1 :], strides[:axis] + strides[axis + 1 :], itemsize)
     if channels == 1 or stride is None:
         return None
-    return View(False, (math.prod(shape) // channels, channels, 1), (stride, strides[axis], itemsize))
+    return _view(False, (math.prod(shape) // channels, channels, 1), (stride, strides[axis], itemsize), itemsize)
 
 
 def _planar(shape: Extents, strides: Extents, axis: int, itemsize: int) -> View | None:
@@ -69,18 +77,28 @@ def _planar(shape: Extents, strides: Extents, axis: int, itemsize: int) -> View 
     if before is None or after is None:
         return None
     if inner == 1:  # (N, C): the batch is the run
-        return View(True, (1, shape[axis], outer), (itemsize, strides[axis], before))
-    return View(True, (outer, shape[axis], inner), (before, strides[axis], after))
+        return _view(True, (1, shape[axis], outer), (itemsize, strides[axis], before), itemsize)
+    return _view(True, (outer, shape[axis], inner), (before, strides[axis], after), itemsize)
+
+
+def _view(planar: bool, shape: Triple, strides: Triple, itemsize: int) -> View:
+    span = itemsize
+    for stride, extent in sorted(zip(strides, shape, strict=True)):
+        if extent > 1 and stride == span:
+            span *= extent
+    return View(planar, shape, strides, span == itemsize * math.prod(shape))
 
 
 @lru_cache(maxsize=4096)
 def view(shape: Extents, strides: Extents, axis: int, itemsize: int, planar: bool | None = None) -> View | None:
-    """The kernels' view of an array without empty axes, None if it does not reduce (to the wanted family, if given).
+    """The kernels' view of an array, None if it does not reduce (to the wanted family, if given).
 
     Which family an array belongs to: interleaved if its channels are closer together than its other values, else
-    planar. An array in which that question has no answer (one value per channel; one value repeated by stride 0)
-    suits both.
+    planar. An array in which that question has no answer (no value at all; one value per channel; one value repeated by
+    stride 0) suits both.
     """
+    if 0 in shape:
+        return View(planar is not False, (0, shape[axis], 0), (0, 0, 0), True)
     if any(stride % itemsize and extent > 1 for stride, extent in zip(strides, shape, strict=True)):
         return None
     flat = _planar(shape, strides, axis, itemsize)
@@ -98,10 +116,40 @@ def view(shape: Extents, strides: Extents, axis: int, itemsize: int, planar: boo
     return flat if planar else mixed
 
 
+class Plan(NamedTuple):
+    """What follows from shape, strides, dtype, alignment and channel axis of x, whatever its values."""
+
+    dtype: int | None  # None: not supported
+    channels: int
+    per_channel: int  # values
+    view: View | None  # None: x must be copied
+
+
+_plans: dict[bytes, Plan] = {}
+
+
+def plan(x: Array, axis: int) -> Plan:
+    """The plan of a call. One look-up, by the bytes of all that it follows from."""
+    key = _core.description(x, axis)
+    known = _plans.get(key)
+    if known is not None:
+        return known
+    dtype, channels, seen = runtime.dtype_index(x.dtype), x.shape[axis], None
+    if dtype is not None and x.dtype.isnative and x.flags.aligned:
+        seen = view(x.shape, x.strides, axis, x.itemsize)
+    new = Plan(dtype, channels, x.size // channels if channels else 0, seen)
+    if len(_plans) >= 4096:
+        _plans.clear()
+    _plans[key] = new
+    return new
+
+
 @lru_cache(maxsize=4096)
 def separate(strides: Triple, shape: Triple, itemsize: int) -> bool:
     """Whether no two elements of a view share memory, so that it can be written."""
     span = itemsize
+    if 0 in shape:
+        return True
     for stride, extent in sorted((abs(stride), extent) for stride, extent in zip(strides, shape, strict=True)):
         if extent > 1:
             if stride < span:
@@ -113,22 +161,24 @@ def separate(strides: Triple, shape: Triple, itemsize: int) -> bool:
 def allocate(shape: Extents, axis: int, dtype: np.dtype[Any], planar: bool) -> Array:
     """A new dense array of this nominal shape which reduces in this family."""
     if planar and math.prod(shape[axis + 1 :]) > 1:
-        return np.empty(shape, dtype)
+        return _core.empty(shape, dtype)
     rest = (*shape[:axis], *shape[axis + 1 :])
     if planar:  # the runs are those of the batch
-        return np.moveaxis(np.empty((shape[axis], *rest), dtype), 0, axis)
-    return np.moveaxis(np.empty((*rest, shape[axis]), dtype), -1, axis)
+        return np.moveaxis(_core.empty((shape[axis], *rest), dtype), 0, axis)
+    return np.moveaxis(_core.empty((*rest, shape[axis]), dtype), -1, axis)
 
 
-def new_like(x: Array, axis: int, planar: bool) -> tuple[Array, View]:
-    """A new array in x's memory order, and its view in x's family."""
-    y = np.empty_like(x)
-    seen = view(y.shape, y.strides, axis, y.itemsize, planar)
+def new_like(x: Array, axis: int, like: View) -> tuple[Array, Triple]:
+    """A new array in the memory order of x, whose view is `like`, and its strides as the kernels see it."""
+    y = _core.empty_like(x)
+    if like.dense:
+        return y, like.strides
+    seen = view(y.shape, y.strides, axis, y.itemsize, like.planar)
     if seen is None:
-        y = allocate(x.shape, axis, x.dtype, planar)
-        seen = view(y.shape, y.strides, axis, y.itemsize, planar)
+        y = allocate(x.shape, axis, x.dtype, like.planar)
+        seen = view(y.shape, y.strides, axis, y.itemsize, like.planar)
         assert seen is not None
-    return y, seen
+    return y, seen.strides
 
 
 def reduced(name: str, array: Array, axis: int, planar: bool | None = None) -> tuple[Array, View]:
@@ -150,9 +200,10 @@ def reduced(name: str, array: Array, axis: int, planar: bool | None = None) -> t
     dtype = array.dtype.newbyteorder("=")
     if planar is None:
         # The copy keeps the memory order if that suffices: a crop of a channels-last batch becomes channels-last.
-        copy = array.astype(dtype, order="K")
+        copy = _core.empty_like(array, dtype)
         seen = view(copy.shape, copy.strides, axis, copy.itemsize)
         if seen is not None:
+            copy[...] = array
             return copy, seen
     copy = allocate(array.shape, axis, dtype, planar is not False)
     copy[...] = array

@@ -12,7 +12,6 @@
 # packing and the order of units only decide who calls a kernel, and when.
 
 from cython.parallel cimport prange, threadid
-from libc.math cimport fabs, sqrt
 from libc.stdlib cimport free
 from libc.string cimport memset
 from posix.stdlib cimport posix_memalign
@@ -71,14 +70,12 @@ cdef struct Job:
 
 
 cdef enum:
-    # Values that a thread packs at once: a planar block.
+    # Values that a thread packs at once: no block of a channel and no folded row is larger.
     PACKED_VALUES = FASTBN_PLANAR_BLOCK
     # Columns of a group where interleaved rows are wide.
     GROUP_COLUMNS = 512
     # Bytes of x in a unit of planar channels: with y (or dy and dx) it fits an L2 cache of half a megabyte.
     UNIT_BYTES = 128 << 10
-    # Interleaved channels are folded below this number (above, an incomplete last vector costs little).
-    FOLD_BELOW = 64
     # Ranges of units that a thread gets on average: enough to even out, few enough to cost nothing.
     TASKS_PER_THREAD = 4
     # Sums that one thread finishes while others would still wake up.
@@ -106,7 +103,7 @@ cdef void phase(Job *job, Worker worker, int64_t units, int threads) noexcept no
     if threads <= 1 or tasks <= 1:
         perform(job, worker, 0, 0, units)
         return
-    for task in prange(tasks, num_threads=threads, schedule="dynamic", chunksize=1):
+    for task in prange(tasks, num_threads=<int>min(threads, tasks), schedule="dynamic", chunksize=1):
         perform(job, worker, threadid(), task * units // tasks, (task + 1) * units // tasks)
 
 
@@ -216,10 +213,10 @@ cdef void run_planar(Job *job, fastbn_kernel *kernel, int thread, int64_t channe
     """A kernel over one block of each of some channels."""
     cdef fastbn_block b
     cdef int64_t row = block // job.segments * job.rows_per_block
-    cdef int64_t inner = block % job.segments * FASTBN_PLANAR_BLOCK
+    cdef int64_t inner = block % job.segments * job.kernels.planar_block
     cdef int64_t last = channel + channels
     b.rows = min(job.rows_per_block, job.outer - row)
-    b.columns = min(job.inner - inner, FASTBN_PLANAR_BLOCK) if job.segments > 1 else job.inner
+    b.columns = min(job.inner - inner, job.kernels.planar_block) if job.segments > 1 else job.inner
     b.channels = 1 if job.packed else channels
     while channel < last:
         place(job, &b, row, channel, inner, mapping)
@@ -236,9 +233,9 @@ cdef void run_interleaved(Job *job, fastbn_kernel *kernel, int thread, int64_t b
     """A kernel over one block of rows, all columns of a group."""
     cdef fastbn_block b
     cdef int64_t rows = job.outer // job.fold  # whole rows of `width` columns; then perhaps one that is shorter
-    cdef int64_t row = block * FASTBN_INTERLEAVED_BLOCK, column = group * job.group, last, step
+    cdef int64_t row = block * job.kernels.interleaved_block, column = group * job.group, last, step
     if row < rows:
-        last = min(row + FASTBN_INTERLEAVED_BLOCK, rows)
+        last = min(row + job.kernels.interleaved_block, rows)
         b.columns = min(job.group, job.width - column)
     else:
         row = rows
@@ -256,106 +253,7 @@ cdef void run_interleaved(Job *job, fastbn_kernel *kernel, int thread, int64_t b
         row += step
 
 
-# ----------------------------------------------------------------------------------------------------
-# finish: from the sums of the blocks of a channel to its moments and coefficients, in float64
-
-cdef inline double usable_shift(double first) noexcept nogil:
-    """A shift must be finite, else it would turn an infinite sum into NaN."""
-    return first if first - first == 0 else 0
-
-
-cdef inline void two_sum(double a, double b, double *hi, double *lo) noexcept nogil:
-    """hi + lo = a + b exactly, hi rounded (Knuth). lo is 0 where hi is not finite."""
-    cdef double s = a + b, t = s - a
-    cdef double rest = (a - (s - t)) + (b - t)
-    hi[0] = s
-    lo[0] = rest if rest - rest == 0 else 0
-
-
-cdef void add_blocks(Job *job, int64_t channel, double *first, double *second) noexcept nogil:
-    """The two sums of a channel over its blocks, in block order, compensated (Neumaier 1974): the error does not grow
-    with the number of blocks."""
-    cdef int64_t block, k
-    cdef double total[2]
-    cdef double lost[2]
-    cdef double value, t
-    cdef int p
-    total[0] = total[1] = lost[0] = lost[1] = 0
-    for block in range(job.blocks):
-        for k in range(job.fold):
-            for p in range(2):
-                value = job.sums[(block * 2 + p) * job.width + channel + k * job.channels]
-                t = total[p] + value
-                lost[p] += (total[p] - t) + value if fabs(total[p]) >= fabs(value) else (value - t) + total[p]
-                total[p] = t
-    # an infinite total has lost NaN
-    first[0] = total[0] + usable_shift(lost[0])
-    second[0] = total[1] + usable_shift(lost[1])
-
-
-cdef void write_coefficients(Job *job, int64_t channel, double *values) noexcept nogil:
-    cdef int64_t k
-    for k in range(job.fold):
-        job.kernels.round_coefficients(
-            values, job.coefficients + (channel + k * job.channels) * job.kernels.coefficient_size, job.width)
-
-
-cdef void normalizer(Job *job, int64_t channel, double *values) noexcept nogil:
-    """The coefficients of forward, which backward needs to find where the gradient passes."""
-    values[FASTBN_MEAN_HI] = job.statistics[STATISTICS_MEAN * job.channels + channel]
-    values[FASTBN_MEAN_LO] = job.statistics[STATISTICS_MEAN_LO * job.channels + channel]
-    values[FASTBN_SCALE] = job.statistics[STATISTICS_RSTD * job.channels + channel]
-    if job.gamma != NULL:
-        values[FASTBN_SCALE] *= job.gamma[channel]
-    values[FASTBN_BETA] = job.beta[channel] if job.beta != NULL else 0
-    values[FASTBN_GRADIENT_HI] = values[FASTBN_GRADIENT_LO] = values[FASTBN_SLOPE] = 0
-
-
-cdef bint finish_forward(Job *job, int64_t channel, bint again) noexcept nogil:
-    """Mean, variance and coefficients. True if the sums must be redone with the mean as shift: the first value was too
-    far from it for sum(d^2) - sum(d)^2 / n to keep its digits (Chan, Golub and LeVeque 1983)."""
-    cdef double count = <double>(job.outer * job.inner), shift, delta, m2, square
-    cdef double values[FASTBN_PLANES]
-    cdef double *mean = job.statistics + STATISTICS_MEAN * job.channels + channel
-    cdef double *mean_lo = job.statistics + STATISTICS_MEAN_LO * job.channels + channel
-    cdef double *var = job.statistics + STATISTICS_VAR * job.channels + channel
-    cdef int64_t k
-    if job.reduce != NULL:
-        add_blocks(job, channel, &delta, &square)
-        shift = job.x_shift[channel]
-        m2 = square - delta * (delta / count)
-        delta /= count
-        if m2 < 0:
-            m2 = 0
-        two_sum(shift, delta, mean, mean_lo)
-        var[0] = m2 / count
-        job.statistics[STATISTICS_M2 * job.channels + channel] = m2
-        if not again and delta * delta > job.kernels.shift_limit * var[0]:
-            for k in range(job.fold):
-                job.x_shift[channel + k * job.channels] = mean[0]
-            return True
-    if not job.statistics_only:
-        job.statistics[STATISTICS_RSTD * job.channels + channel] = 1 / sqrt(var[0] + job.eps)
-        normalizer(job, channel, values)
-        write_coefficients(job, channel, values)
-    return False
-
-
-cdef bint finish_backward(Job *job, int64_t channel, bint again) noexcept nogil:
-    """dgamma, dbeta and the coefficients of dx. The sums are of e = g - shift and of e * (x - mean_hi); as the
-    deviations x - mean add to zero, sum(e * (x - mean)) is sum(g * (x - mean)), and an offset of g costs no digits."""
-    cdef double count = <double>(job.outer * job.inner), sum_e, sum_ed, rstd
-    cdef double values[FASTBN_PLANES]
-    add_blocks(job, channel, &sum_e, &sum_ed)
-    normalizer(job, channel, values)
-    rstd = job.statistics[STATISTICS_RSTD * job.channels + channel]
-    sum_ed -= values[FASTBN_MEAN_LO] * sum_e
-    job.dbeta[channel] = count * job.dy_shift[channel] + sum_e
-    job.dgamma[channel] = rstd * sum_ed
-    two_sum(job.dy_shift[channel], sum_e / count, &values[FASTBN_GRADIENT_HI], &values[FASTBN_GRADIENT_LO])
-    values[FASTBN_SLOPE] = rstd * rstd * (sum_ed / count)
-    write_coefficients(job, channel, values)
-    return False
+include "_finish.pxi"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -491,7 +389,7 @@ cdef int64_t gcd(int64_t a, int64_t b) noexcept nogil:
 
 cdef int64_t fold_of(bint planar, int64_t channels) noexcept nogil:
     """Rows of few interleaved channels that make whole vectors together."""
-    return 1 if planar or channels >= FOLD_BELOW else FASTBN_LANES // gcd(channels, FASTBN_LANES)
+    return 1 if planar or channels >= FASTBN_FOLD_BELOW else FASTBN_LANES // gcd(channels, FASTBN_LANES)
 
 
 cdef bint balanced(int64_t channels, int threads) noexcept nogil:
@@ -501,25 +399,25 @@ cdef bint balanced(int64_t channels, int threads) noexcept nogil:
 
 cdef void cut(Job *job) noexcept nogil:
     """Fix blocks and units. Nothing that cuts a sum depends on anything but the shape."""
-    cdef int64_t rows, values
+    cdef int64_t rows, values, planar_block = job.kernels.planar_block
     job.fold = fold_of(job.planar, job.channels)
     job.width = job.fold * job.channels
     job.segments = 1
     job.by_channel = False
     if job.planar:
-        if job.inner > FASTBN_PLANAR_BLOCK:
-            job.segments = ceil_div(job.inner, FASTBN_PLANAR_BLOCK)
+        if job.inner > planar_block:
+            job.segments = ceil_div(job.inner, planar_block)
             job.rows_per_block = 1
         else:
-            job.rows_per_block = min(job.outer, FASTBN_PLANAR_BLOCK // job.inner)
+            job.rows_per_block = min(job.outer, planar_block // job.inner)
         job.blocks = job.segments * ceil_div(job.outer, job.rows_per_block)
         job.by_channel = job.reduce != NULL and balanced(job.channels, job.threads)
-        values = job.outer * job.inner if job.by_channel else job.rows_per_block * min(job.inner, FASTBN_PLANAR_BLOCK)
+        values = job.outer * job.inner if job.by_channel else job.rows_per_block * min(job.inner, planar_block)
         job.group = max(1, min(UNIT_BYTES // (values * job.kernels.itemsize), job.channels // job.threads))
         job.groups = ceil_div(job.channels, job.group)
     else:
         rows = job.outer // job.fold
-        job.blocks = ceil_div(rows, FASTBN_INTERLEAVED_BLOCK) + (rows * job.fold < job.outer)
+        job.blocks = ceil_div(rows, job.kernels.interleaved_block) + (rows * job.fold < job.outer)
         job.group = GROUP_COLUMNS if job.fold == 1 else job.width
         job.groups = ceil_div(job.width, job.group)
     job.units = job.groups * job.blocks
@@ -551,9 +449,9 @@ cdef int64_t lay_out(Job *job, char *memory) noexcept nogil:
     job.sums = <double *>take(&cursor, sums_size(job) if job.reduce != NULL else 0)
     job.packing = cursor
     job.packing_size = 0
-    if job.packed:  # at most three operands are read and two written; a row of a group may exceed PACKED_VALUES
-        job.packing_size = 5 * aligned(max(PACKED_VALUES, 0 if job.planar else job.group) * job.kernels.itemsize)
-    cursor += job.packing_size * job.threads
+    if job.packed:  # x and dy, dx and dresidual
+        job.packing_size = 4 * aligned(PACKED_VALUES * job.kernels.itemsize)
+    cursor += job.packing_size * min(job.threads, job.units)
     return cursor - memory
 
 

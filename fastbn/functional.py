@@ -40,9 +40,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def _full_signature(function: Function) -> Function:
     """Show the shared options, which Python receives as **options, in `help` and in `inspect.signature`."""
     own = inspect.signature(function)
-    shared = inspect.signature(_engine.forward).parameters.values()
     parameters = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    parameters[3:3] = [p for p in shared if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    parameters[3:3] = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_engine.Options.__annotations__[name]
+        )
+        for name, default in _engine.DEFAULTS.items()
+    ]
     function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     return function
 
@@ -68,7 +72,7 @@ def batchnorm(
            [ 1.,  0.]])
     """
     values = _check.array("x", x)
-    return _engine.forward(values, gamma, beta, _check.axis(axis, values.ndim), False, **options)[0]
+    return _engine.forward(values, gamma, beta, _check.axis(axis, values.ndim), False, options)[0]
 
 
 @_full_signature
@@ -85,7 +89,7 @@ def batchnorm1d(
     The layout is "NC" (rank 2), "NCL" or "NLC" (rank 3); None means "NC" for rank 2 and "NCL" for rank 3.
     """
     values = _check.array("x", x)
-    return _engine.forward(values, gamma, beta, _check.axis_of_layout(values.ndim, 1, layout), False, **options)[0]
+    return _engine.forward(values, gamma, beta, _check.axis_of_layout(values.ndim, 1, layout), False, options)[0]
 
 
 @_full_signature
@@ -140,8 +144,9 @@ def batchnorm2d(
     Returns
     -------
     y : ndarray
-        Of the shape, memory order and dtype of `x`, in native byte order; or `out`. Its bits depend on values, shape
-        and dtype and on whether channels are adjacent in memory, not on threads, instruction set or alignment.
+        Of the shape and dtype of `x`, in its memory order (in C order if `x` had to be copied), in native byte order;
+        or `out`. Its bits depend on values, shape and dtype and on whether channels are adjacent in memory, not on
+        threads, instruction set or alignment.
 
     Raises
     ------
@@ -169,7 +174,7 @@ def batchnorm2d(
     ((2, 1, 2, 2), dtype('float32'), 0.5)
     """
     values = _check.array("x", x)
-    return _engine.forward(values, gamma, beta, _check.axis_of_layout(values.ndim, 2, layout), False, **options)[0]
+    return _engine.forward(values, gamma, beta, _check.axis_of_layout(values.ndim, 2, layout), False, options)[0]
 
 
 @_full_signature
@@ -183,7 +188,7 @@ def batchnorm3d(
 ) -> Array:
     """Normalize each channel of a batch of volumes; the layout is "NCDHW" or "NDHWC". See `batchnorm2d`."""
     values = _check.array("x", x)
-    return _engine.forward(values, gamma, beta, _check.axis_of_layout(values.ndim, 3, layout), False, **options)[0]
+    return _engine.forward(values, gamma, beta, _check.axis_of_layout(values.ndim, 3, layout), False, options)[0]
 
 
 @_full_signature
@@ -209,7 +214,7 @@ def batchnorm_forward(
     array([3., 3.])
     """
     values = _check.array("x", x)
-    return _engine.forward_with_cache(values, gamma, beta, _check.axis(axis, values.ndim), **options)
+    return _engine.forward_with_cache(values, gamma, beta, _check.axis(axis, values.ndim), options)
 
 
 @_full_signature
@@ -224,7 +229,7 @@ def batchnorm1d_forward(
     """`batchnorm1d` that also returns the cache for `batchnorm_backward`; see `batchnorm_forward`."""
     values = _check.array("x", x)
     axis = _check.axis_of_layout(values.ndim, 1, layout)
-    return _engine.forward_with_cache(values, gamma, beta, axis, **options)
+    return _engine.forward_with_cache(values, gamma, beta, axis, options)
 
 
 @_full_signature
@@ -239,7 +244,7 @@ def batchnorm2d_forward(
     """`batchnorm2d` that also returns the cache for `batchnorm_backward`; see `batchnorm_forward`."""
     values = _check.array("x", x)
     axis = _check.axis_of_layout(values.ndim, 2, layout)
-    return _engine.forward_with_cache(values, gamma, beta, axis, **options)
+    return _engine.forward_with_cache(values, gamma, beta, axis, options)
 
 
 @_full_signature
@@ -254,7 +259,7 @@ def batchnorm3d_forward(
     """`batchnorm3d` that also returns the cache for `batchnorm_backward`; see `batchnorm_forward`."""
     values = _check.array("x", x)
     axis = _check.axis_of_layout(values.ndim, 3, layout)
-    return _engine.forward_with_cache(values, gamma, beta, axis, **options)
+    return _engine.forward_with_cache(values, gamma, beta, axis, options)
 
 
 def batchnorm_backward(

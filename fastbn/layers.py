@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from . import _check, functional
+from . import _check, _engine
 from .errors import ArgumentError, DTypeError, ShapeError
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "IncompatibleKeys"]
@@ -101,7 +101,7 @@ class _BatchNorm:
             self.running_mean = np.zeros(self.num_features, self.dtype)
             self.running_var = np.ones(self.num_features, self.dtype)
             self.num_batches_tracked = np.zeros((), np.int64)
-        self._cache: functional.BatchNormCache | None = None
+        self._cache: _engine.BatchNormCache | None = None
         self._had_residual = False
 
     def forward(self, x: npt.ArrayLike, residual: npt.ArrayLike | None = None) -> Array:
@@ -113,26 +113,22 @@ class _BatchNorm:
         axis = _check.axis_of_layout(values.ndim, self._dimensions, self.layout)
         _check.channels(values.shape, axis, self.num_features)
         tracked = self.num_batches_tracked
-        batch = self.training or tracked is None
         momentum = self.momentum
         if momentum is None:  # the average so far weighs as many batches as have been seen
             momentum = 1.0 if tracked is None else 1.0 / (int(tracked) + 1)
-        y, self._cache = functional.batchnorm_forward(
-            values,
-            self.weight,
-            self.bias,
-            axis=axis,
-            running_mean=self.running_mean,
-            running_var=self.running_var,
-            training=batch,
-            momentum=momentum,
-            eps=self.eps,
-            unbiased=self.unbiased,
-            activation=self.activation,
-            residual=residual,
-            device=self.device,
-            num_threads=self.num_threads,
-        )
+        options: _engine.Options = {
+            "running_mean": self.running_mean,
+            "running_var": self.running_var,
+            "training": self.training or tracked is None,
+            "momentum": momentum,
+            "eps": self.eps,
+            "unbiased": self.unbiased,
+            "activation": self.activation,
+            "residual": residual,
+            "device": self.device,
+            "num_threads": self.num_threads,
+        }
+        y, self._cache = _engine.forward_with_cache(values, self.weight, self.bias, axis, options)
         self._had_residual = residual is not None
         if self.training and tracked is not None and values.size:
             tracked += 1
@@ -147,7 +143,7 @@ class _BatchNorm:
         """
         if self._cache is None:
             raise ArgumentError(f"backward: expected a call of {type(self).__name__}.forward before, got none")
-        gradients = functional.batchnorm_backward(dy, self._cache, out=out, num_threads=self.num_threads)
+        gradients = _engine.backward(dy, self._cache, out, self.num_threads)
         self.weight_grad, self.bias_grad = gradients.dgamma, gradients.dbeta
         return (gradients.dx, gradients.dresidual) if self._had_residual else gradients.dx
 
@@ -209,7 +205,8 @@ class _BatchNorm:
                 raise ShapeError(f"{name}: expected shape {target.shape}, got {values.shape}")
             if not np.can_cast(values.dtype, target.dtype, "same_kind"):
                 raise DTypeError(f"{name}: expected a dtype that converts to {target.dtype}, got {values.dtype}")
-            new[name] = values
+            with np.errstate(all="ignore"):  # what is too large for the layer's dtype becomes Inf
+                new[name] = values.astype(target.dtype)
         for name, values in new.items():
             own[name][...] = values
         return IncompatibleKeys(missing, unexpected)

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _core
+from . import _cgroup, _core, memory
 from .errors import ArgumentError
 
 __all__ = [
@@ -127,28 +127,13 @@ def isa(name: str) -> Iterator[None]:
 # Threads
 
 
-def cgroup_cpus(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> float | None:
+def cgroup_cpus(proc: Path = _cgroup.PROC, cgroups: Path = _cgroup.CGROUPS) -> float | None:
     """CPUs that the control groups of this process grant, None if they set no limit.
 
-    Every level of the path in `/proc/self/cgroup` may have a quota and the smallest one rules; in a container without a
-    cgroup namespace the lower levels are not visible, the root of the mount is then the group of the container.
     Version 2 has `cpu.max` ("150000 100000" or "max 100000"), version 1 `cpu.cfs_quota_us` (-1: none) and
     `cpu.cfs_period_us`.
     """
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
-        return None
-    limits = []
-    for line in lines:
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        mounts = [cgroups / controllers, cgroups / "cpu"] if controllers else [cgroups, cgroups / "unified"]
-        parts = [part for part in path.split("/") if part not in ("", ".", "..")]
-        for mount in mounts:
-            for depth in range(len(parts) + 1):
-                limits.append(_quota(mount.joinpath(*parts[:depth])))
+    limits = map(_quota, _cgroup.groups("cpu", proc, cgroups))
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -321,6 +306,7 @@ def copy_speed(nbytes: int = 1 << 28, num_threads: int | None = None, repeats: i
 def config() -> dict[str, str]:
     """What `show_config` prints, as a dictionary."""
     count, reason = _default_threads()
+    cache = memory.cache_info()
     return {
         "fastbn": version() + (" (debug build)" if _core.DEBUG else ""),
         "python": platform.python_version(),
@@ -333,6 +319,7 @@ def config() -> dict[str, str]:
         "threads": f"{count} ({reason})",
         "dtypes": ", ".join(dtypes()),
         "activations": ", ".join(activations()),
+        "cache": f"{cache.idle_bytes >> 20} of at most {cache.limit >> 20} MiB of freed results kept",
         "cuda": "not installed",
     }
 

@@ -109,7 +109,7 @@ def batchnorm_stats(x: npt.ArrayLike, *, axis: int = 1, num_threads: int | None 
     if values.size == 0:
         return Stats(0, np.zeros(channels), np.zeros(channels))
     values, view = _layout.reduced("x", values, axis)
-    rows = np.zeros((_core.STATISTICS_RSTD + 1, channels))
+    rows = np.zeros((_core.STATISTICS_ROWS, channels))
     threads = runtime.choose_threads(threads, values.nbytes)
     _core.statistics(runtime.current_isa(), dtype, threads, view.planar, view.shape, (values, view.strides), rows)
     return Stats(values.size // channels, rows[_core.STATISTICS_MEAN].copy(), rows[_core.STATISTICS_M2].copy())

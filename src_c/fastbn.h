@@ -13,11 +13,15 @@
 
 #include <stdint.h>
 
-/* What cuts a partial sum is fixed here and nowhere else: changing one of these three changes the bits of results. */
+/* What cuts a partial sum is fixed here and nowhere else: changing one of these changes the bits of results. A sum in
+ * one variable takes at most block / lanes additions; float64 data have no bits to spare for their roundings. */
 enum {
-    FASTBN_LANES = 16,              /* planar: column j of a row adds to lane j % 16 */
-    FASTBN_PLANAR_BLOCK = 4096,     /* planar: at most this many values before the lanes are closed */
+    FASTBN_LANES = 16,          /* planar: column j of a row adds to lane j % 16 */
+    FASTBN_PLANAR_BLOCK = 4096, /* planar: at most this many values before the lanes are closed */
+    FASTBN_PLANAR_BLOCK_F64 = 1024,
     FASTBN_INTERLEAVED_BLOCK = 512, /* interleaved: rows before the sums of a column are closed */
+    FASTBN_INTERLEAVED_BLOCK_F64 = 64,
+    FASTBN_FOLD_BELOW = 64, /* interleaved: rows of fewer channels are folded to whole vectors of lanes */
 };
 
 /* Alignment of our own buffers: a cache line, and the widest register. */
@@ -55,7 +59,7 @@ typedef struct fastbn_block {
     int64_t plane;
     int activation; /* row of activations.def */
     int training;   /* backward_apply: whether mean and variance depend on x */
-    int stream;     /* apply, backward_apply: store past the caches */
+    int stream;     /* apply: store past the caches */
 } fastbn_block;
 
 /* A strided copy of a matrix. Strides in bytes. */
@@ -71,8 +75,10 @@ typedef void fastbn_kernel(const fastbn_block *);
 
 /* What an ISA offers for a dtype. */
 typedef struct fastbn_kernels {
-    int64_t itemsize;                 /* bytes of a value of x */
-    int64_t coefficient_size;         /* bytes of a coefficient */
+    int64_t itemsize;         /* bytes of a value of x */
+    int64_t coefficient_size; /* bytes of a coefficient */
+    int64_t planar_block;     /* FASTBN_PLANAR_BLOCK or FASTBN_PLANAR_BLOCK_F64, and so on */
+    int64_t interleaved_block;
     double shift_limit;               /* sums are redone if (mean - x_shift)^2 exceeds so many variances */
     fastbn_kernel *stats[2];          /* sums of d and d^2, d = x - x_shift;  [0] interleaved, [1] planar */
     fastbn_kernel *apply[2];          /* y (and mask) from x, residual, coefficients */

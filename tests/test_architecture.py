@@ -15,7 +15,19 @@ SOURCES = sorted(path for path in PACKAGE.rglob("*.py"))
 KERNELS = ROOT / "src_c"
 
 # Every module of the library may import those before it, and only those.
-ORDER = ["errors", "_core", "runtime", "_layout", "_check", "_engine", "stats", "functional", "layers"]
+ORDER = [
+    "errors",
+    "_core",
+    "_cgroup",
+    "memory",
+    "runtime",
+    "_layout",
+    "_check",
+    "_engine",
+    "stats",
+    "functional",
+    "layers",
+]
 
 
 def relative(path):

@@ -5,23 +5,25 @@ import pytest
 
 import fastbn
 
+# Mean 2, squared deviations 4, 1, 0 and 9: a loop that ends early changes the sums.
+PATTERN = np.array([0, 1, 2, 5], "f4")
+
 
 def test_statistics_of_more_than_two_to_the_31_values():
-    """A stride of 0 repeats one value: its statistics are known, and every index up to the last is used."""
-    count = 2**31 + 7
-    stats = fastbn.batchnorm_stats(np.broadcast_to(np.float32(0.1), (count, 1)))
-    assert stats.count == count
-    assert stats.mean[0] == np.float32(0.1) and stats.m2[0] == 0
+    """A stride of 0 repeats one run, over and over."""
+    run = np.tile(PATTERN, 1 << 12)
+    stats = fastbn.batchnorm_stats(np.broadcast_to(run, ((1 << 17) + 1, 1, run.size)))
+    assert stats.count == ((1 << 17) + 1) * run.size > 2**31
+    assert stats.mean[0] == 2 and stats.m2[0] == stats.count / 4 * 14
 
 
 def test_statistics_of_more_than_two_to_the_31_values_in_rows():
-    """The same for interleaved channels: one row of 64 channels, over and over."""
-    rows = 2**25 + 7
-    row = np.arange(64, dtype="f4") / 7
-    stats = fastbn.batchnorm_stats(np.broadcast_to(row, (rows, 64)))
-    assert stats.count == rows
-    np.testing.assert_array_equal(stats.mean, row)
-    assert not stats.m2.any()
+    """The same for 64 interleaved channels, as rows that overlap: channel c has the pattern shifted by c // 2."""
+    rows = (1 << 25) + 4
+    flat = np.tile(np.repeat(PATTERN, 2), rows // 4 + 16)
+    stats = fastbn.batchnorm_stats(np.lib.stride_tricks.as_strided(flat, (rows, 64), (8, 4)))
+    assert stats.count == rows and rows * 64 > 2**31
+    assert np.all(stats.mean == 2) and np.all(stats.m2 == rows / 4 * 14)
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 70), (3, 70)], ids=["planar", "interleaved"])

@@ -45,15 +45,11 @@ def test_kernels_compute_in_full_registers(functions, isa, dtype, kernel):
         assert re.search(pattern, body), f"no packed {operation} on {register}"
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_no_fused_multiply_add(functions, isa):
-    """A fused operation rounds once where others round twice: it would change bits."""
-    fused = [
-        name
-        for name, body in functions.items()
-        if name.endswith(f"_{isa}") and re.search(r"\bv?fn?m(add|sub)\w*p[sd]|\bfml[as]\b|\bfn?madd\b", body)
-    ]
-    assert not fused
+def test_no_fused_multiply_add(functions):
+    """A fused operation rounds once where others round twice: it would change bits. Nowhere in the library."""
+    fused = re.compile(r"\bv?fn?m(add|sub)\w*[ps][sd]|\bfml[as]\b|\bfn?m(add|sub)\b")
+    assert len(functions) > 100
+    assert not [name for name, body in functions.items() if fused.search(body)]
 
 
 def test_no_mathematical_library_function():

@@ -1,0 +1,182 @@
+"""Results to tables and pictures: python benchmarks/report.py benchmarks/results/A.json [B.json ...].
+
+The tables replace what stands between ``<!-- benchmarks NAME -->`` and ``<!-- /benchmarks NAME -->`` in README.md and
+docs/benchmarks.md; the pictures go to docs/pictures. Nothing is copied by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pictures
+from results import LIMITS, Group, Result, Results, by_network, limit_of, load_all, paired, shares, totals
+
+ROOT = Path(__file__).resolve().parent.parent
+# networks whose totals stand in the README
+README_NETWORKS = ("resnet50", "bn_inception")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---:") -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" + f" {align} |" * (len(header) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.2g}x" if ratio < 9.95 else f"{ratio:.0f}x"
+
+
+def contenders_of(results: Results) -> list[str]:
+    present = {name for result in results.cases for name in result.samples}
+    return [name for name in results.versions if name in present and name not in LIMITS]
+
+
+def title(group: Group) -> str:
+    network, op, layout, dtype, activation, threads = group
+    plain = activation == "identity"
+    return f"{network}, {op}{'' if plain else ' + ' + activation}, {layout.upper()} {dtype}, {threads} threads"
+
+
+def machine_table(results: Results) -> str:
+    machine = results.machine
+    rows = [[key, str(value)] for key, value in machine.items() if not isinstance(value, dict)]
+    rows += [["caches", "; ".join(f"{key}: {value}" for key, value in machine["caches"].items())]]
+    rows += [[f"fastbn: {key}", value] for key, value in machine["fastbn"].items()]
+    libraries = {key: value for versions in results.versions.values() for key, value in versions.items()}
+    rows += [["libraries", ", ".join(f"{key} {value}" for key, value in libraries.items())]]
+    settings = {key: ",".join(v) if isinstance(v, list) else v for key, v in results.settings.items()}
+    rows += [["settings", "; ".join(f"{key} {value}" for key, value in settings.items())]]
+    rows += [["duration", f"{results.minutes:.0f} minutes, {len(results.cases)} cases"]]
+    return table(["what", "value"], rows, "---")
+
+
+def readme_table(results: Results) -> str:
+    """Totals of the two networks: share of the limit, and how many times longer the others take."""
+    names = [name for name in contenders_of(results) if not name.startswith("fastbn")]
+    rows = []
+    for group, members in by_network(results).items():
+        if group[0] not in README_NETWORKS:
+            continue
+        sums = totals(members)
+        ours = next((name for name in ("fastbn-recycled", "fastbn-fresh", "fastbn-out") if name in sums), None)
+        if ours is None:
+            continue
+        share = f"{paired(sums['limit'], sums['fastbn-out'])[0]:.2f}" if {"limit", "fastbn-out"} <= set(sums) else ""
+        rest = [times(paired(sums[name], sums[ours])[0]) if name in sums else "" for name in names]
+        rows.append([title(group), share, f"{sorted(sums[ours])[len(sums[ours]) // 2] * 1e3:.0f}", *rest])
+    head = ["network total", "share of the limit (own buffer)", "fastbn ms", *names]
+    note = "\n\nOther columns: time of the contender divided by that of fastbn with new outputs"
+    return table(head, rows) + note + (" (recycled memory)." if "fastbn-recycled" in results.versions else ".")
+
+
+def totals_table(results: Results) -> str:
+    """Network totals in milliseconds, and shares of the limit."""
+    names = contenders_of(results)
+    rows = []
+    for group, members in by_network(results).items():
+        sums = totals(members)
+        cells = []
+        for name in names:
+            if name not in sums:
+                cells.append("")
+                continue
+            share = f" ({paired(sums['limit'], sums[name])[0]:.2f})" if "limit" in sums else ""
+            cells.append(f"{sorted(sums[name])[len(sums[name]) // 2] * 1e3:.3g}{share}")
+        limit = f"{sorted(sums['limit'])[len(sums['limit']) // 2] * 1e3:.3g}" if "limit" in sums else ""
+        rows.append([title(group), limit, *cells])
+    return table(["network total, ms (share of the limit)", "limit", *names], rows)
+
+
+def cases_table(results: Results) -> str:
+    """Every case: the limit, the best of fastbn's shares, everything else relative to fastbn's own kind of output."""
+    names = contenders_of(results)
+    rows = [[f"`{result.case.name}`", *case_cells(result, names)] for result in results.cases]
+    note = "\n\nMilliseconds; in brackets the share of the limit. * measured again without settling."
+    return table(["case", "limit GB/s", *names], rows) + note
+
+
+def case_cells(result: Result, names: Sequence[str]) -> list[str]:
+    limit = limit_of(result.samples)
+    share = shares(result.samples)
+    speed = f"{max(result.speed(name) for name in LIMITS if name in result.samples):.1f}" if limit else ""
+    cells = [speed + ("*" if result.unsettled else "")]
+    for name in names:
+        if name not in result.samples:
+            cells.append("")
+            continue
+        cells.append(f"{result.median(name) * 1e3:.3g}" + (f" ({share[name][0]:.2f})" if name in share else ""))
+    return cells
+
+
+def slower_table(results: Results) -> str:
+    """Cases in which fastbn takes longer than another contender with the same kind of output."""
+    rows = []
+    for result in results.cases:
+        for name in result.samples:
+            own_buffer = name.startswith("onednn")
+            kinds = ("fastbn-out",) if own_buffer else ("fastbn-recycled", "fastbn-fresh")
+            ours = next((kind for kind in kinds if kind in result.samples), None)
+            if ours is None or name.startswith(("fastbn", "limit")):
+                continue
+            ratio, spread = paired(result.samples[name], result.samples[ours])
+            if ratio < 1:
+                rows.append([f"`{result.case.name}`", name, ours, f"{ratio:.2f}x (spread {spread:.0%})"])
+    return table(["case", "faster contender", "than", "its time / ours"], rows) if rows else "None."
+
+
+def skipped_list(results: Results) -> str:
+    return "\n".join(f"* {line}" for line in results.skipped) or "None."
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "readme": readme_table,
+    "machine": machine_table,
+    "totals": totals_table,
+    "cases": cases_table,
+    "slower": slower_table,
+    "skipped": skipped_list,
+}
+
+
+def fill(text: str, results: Results) -> tuple[str, int]:
+    """The text with every marked place filled, and how many places there were."""
+    count = 0
+
+    def replace(match: re.Match[str]) -> str:
+        nonlocal count
+        name = match[1]
+        if name not in TABLES:
+            raise ValueError(f"no table named {name!r}; there are {', '.join(TABLES)}")
+        count += 1
+        return f"<!-- benchmarks {name} -->\n\n{TABLES[name](results)}\n\n<!-- /benchmarks {name} -->"
+
+    pattern = r"<!-- benchmarks (\w+) -->.*?<!-- /benchmarks \1 -->"
+    return re.sub(pattern, replace, text, flags=re.S), count
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="result files; a later one replaces cases of an earlier")
+    parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs/ are")
+    args = parser.parse_args(argv)
+    results = load_all(args.results)
+    for name in ("README.md", "docs/benchmarks.md"):
+        page = args.root / name
+        if not page.exists():
+            print(f"{page}: does not exist")
+            continue
+        text, count = fill(page.read_text(), results)
+        page.write_text(text)
+        print(f"{page}: {count} tables")
+    folder = args.root / "docs" / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in pictures.draw_all(results, folder):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

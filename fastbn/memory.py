@@ -1,0 +1,109 @@
+"""The memory of large results: blocks that arrays have freed are kept for the next results.
+
+The system hands out new memory page by page, and that takes longer than to fill it: a new result of 100 MB costs more
+than to compute it. So the memory of a result of 64 KiB or more, once no array uses it any longer, is kept for the next
+one, up to a limit. `FASTBN_CACHE_LIMIT` (bytes) sets it when fastbn is imported, `set_cache_limit` at any time; the
+default is the smaller of 1 GiB and an eighth of the memory that this process may use.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _cgroup, _core
+from .errors import ArgumentError
+
+__all__ = ["CacheInfo", "cache_info", "empty_cache", "set_cache_limit"]
+
+# The default: at most this, and at most this part of what the process may use.
+MOST = 1 << 30
+SHARE = 8
+
+
+class CacheInfo(NamedTuple):
+    """Result of `cache_info`; sizes in bytes."""
+
+    limit: int
+    idle_bytes: int
+    idle_blocks: int
+    hits: int
+    misses: int
+
+
+def usable_memory(proc: Path = _cgroup.PROC, cgroups: Path = _cgroup.CGROUPS) -> int:
+    """Bytes that this process may use: the smallest of the machine's memory, cgroup limits and RLIMIT_AS."""
+
+    def limits() -> Iterator[int]:
+        yield os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        soft, _hard = resource.getrlimit(resource.RLIMIT_AS)
+        if soft != resource.RLIM_INFINITY:
+            yield soft
+        for group in _cgroup.groups("memory", proc, cgroups):
+            for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):  # version 2, version 1
+                try:
+                    yield int((group / name).read_text())
+                except (OSError, ValueError):  # no such file, or "max"
+                    continue
+
+    return min(limit for limit in limits() if limit > 0)
+
+
+def limit_of_environment(environment: Mapping[str, str]) -> int | None:
+    """FASTBN_CACHE_LIMIT, None if not set; what cannot be meant is an ImportError."""
+    text = environment.get("FASTBN_CACHE_LIMIT", "").strip()
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and int(text) < 1 << 62):
+        raise ImportError(f"FASTBN_CACHE_LIMIT: expected a number of bytes (0: keep nothing), got {text!r}")
+    return int(text)
+
+
+_environment_limit = limit_of_environment(os.environ)
+
+
+def set_cache_limit(nbytes: int | None) -> None:
+    """Keep at most `nbytes` of freed results.
+
+    Parameters
+    ----------
+    nbytes : int or None
+        0 keeps nothing and leaves the memory of results to NumPy; None goes back to the environment or the default.
+        What is over the limit is returned to the system at once, the oldest first.
+
+    Raises
+    ------
+    ArgumentError
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.set_cache_limit(256 << 20)
+    >>> fastbn.cache_info().limit
+    268435456
+    >>> fastbn.set_cache_limit(None)
+    """
+    limit: Any = nbytes
+    if limit is None:
+        limit = min(MOST, usable_memory() // SHARE) if _environment_limit is None else _environment_limit
+    if isinstance(limit, bool) or not isinstance(limit, (int, np.integer)) or not 0 <= limit < 1 << 62:
+        raise ArgumentError(f"nbytes: expected a number of bytes from 0, or None, got {nbytes!r}")
+    _core.set_cache_limit(int(limit))
+
+
+def empty_cache() -> None:
+    """Return the memory of all freed results to the system."""
+    _core.empty_cache()
+
+
+def cache_info() -> CacheInfo:
+    """The limit; how many bytes, in how many blocks, are kept now; how many results got a kept block, how many not."""
+    return CacheInfo(*_core.cache_info())
+
+
+set_cache_limit(None)
