@@ -1,10 +1,12 @@
 # The two commands for a newcomer are `make demo` and `make test`. Everything is installed into .venv and nowhere else.
 #   PYTHON=python3.12   the interpreter of .venv (3.10 or later)
+#   PYTEST="-n 2"       arguments of pytest
 #   PEERS=              test without PyTorch. The default is the plain package, which on some machines brings CUDA
 #                       along (gigabytes): there, install a CPU-only torch of this version into .venv beforehand.
 
 PYTHON ?= python3
 PEERS ?= torch==2.13.0
+PYTEST ?= -n 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
