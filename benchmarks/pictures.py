@@ -71,7 +71,7 @@ def draw_bars(axis: Any, milliseconds: dict[str, float]) -> None:
     names = ordered(set(milliseconds))[::-1]
     axis.barh(names, [milliseconds[name] for name in names], color=[COLOURS[name] for name in names])
     for position, name in enumerate(names):
-        axis.text(milliseconds[name], position, f" {milliseconds[name]:.3g}", va="center", fontsize=8)
+        axis.text(milliseconds[name], position, f" {milliseconds[name]:,.0f}", va="center", fontsize=8)
     axis.set_xlim(0, 1.18 * max(milliseconds.values()))
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
