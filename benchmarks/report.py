@@ -25,6 +25,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str = "--
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
+def milliseconds(seconds: float) -> str:
+    """Three digits, or all of them before the point."""
+    value = 1e3 * seconds
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
 def times(ratio: float) -> str:
     return f"{ratio:.2g}x" if ratio < 9.95 else f"{ratio:.0f}x"
 
@@ -84,8 +90,8 @@ def totals_table(results: Results) -> str:
                 cells.append("")
                 continue
             share = f" ({paired(sums['limit'], sums[name])[0]:.2f})" if "limit" in sums else ""
-            cells.append(f"{sorted(sums[name])[len(sums[name]) // 2] * 1e3:.3g}{share}")
-        limit = f"{sorted(sums['limit'])[len(sums['limit']) // 2] * 1e3:.3g}" if "limit" in sums else ""
+            cells.append(f"{milliseconds(sorted(sums[name])[len(sums[name]) // 2])}{share}")
+        limit = milliseconds(sorted(sums["limit"])[len(sums["limit"]) // 2]) if "limit" in sums else ""
         rows.append([title(group), limit, *cells])
     return table(["network total, ms (share of the limit)", "limit", *names], rows)
 
@@ -107,7 +113,7 @@ def case_cells(result: Result, names: Sequence[str]) -> list[str]:
         if name not in result.samples:
             cells.append("")
             continue
-        cells.append(f"{result.median(name) * 1e3:.3g}" + (f" ({share[name][0]:.2f})" if name in share else ""))
+        cells.append(milliseconds(result.median(name)) + (f" ({share[name][0]:.2f})" if name in share else ""))
     return cells
 
 

@@ -35,6 +35,12 @@ def test_docs_readme_code_runs(tmp_path, monkeypatch):
         exec(compile(block, f"README.md, Python block {number + 1}", "exec"), names)
 
 
+@pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_docs_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_docs_examples_of_public_modules_run(name):
     try:
