@@ -448,43 +448,70 @@ INLINE bits16 to_f16(vec_f32 v)
 #endif
 }
 
-/* WIDTH_f64 halves, in the low lanes; no more are read */
-INLINE bits16 load_part_bits16(const uint16_t *p)
+/* WIDTH_f64 values from memory as float64; no more are read */
+#if defined(__AVX512F__)
+INLINE vec_f64 widen_f16(const uint16_t *p)
+{
+    return (vec_f64)_mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)));
+}
+
+INLINE vec_f64 widen_bf16(const uint16_t *p)
+{
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return (vec_f64)_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
+}
+#elif defined(__AVX2__)
+INLINE vec_f64 widen_f16(const uint16_t *p)
+{
+    return (vec_f64)_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)p)));
+}
+
+INLINE vec_f64 widen_bf16(const uint16_t *p)
+{
+    const __m128i wide = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)p));
+    return (vec_f64)_mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(wide, 16)));
+}
+#else
+INLINE vec_f64 widen_f16(const uint16_t *p)
 {
     bits16 v = {0};
     memcpy(&v, p, WIDTH_f64 * sizeof *p);
-    return v;
+    return widen_part_f32(from_f16(v), 0);
 }
 
-/* the operations of a dtype in memory, from its two conversions */
-#define HALF_PRECISION(dtype)                                        \
-    INLINE vec_f32 load_##dtype(const uint16_t *p)                   \
-    {                                                                \
-        return from_##dtype(load_bits16(p));                         \
-    }                                                                \
-    INLINE vec_f32 load_head_##dtype(const uint16_t *p, int n)       \
-    {                                                                \
-        return from_##dtype(load_head_bits16(p, n));                 \
-    }                                                                \
-    INLINE void store_##dtype(uint16_t *p, vec_f32 v)                \
-    {                                                                \
-        store_bits16(p, to_##dtype(v));                              \
-    }                                                                \
-    INLINE void store_head_##dtype(uint16_t *p, vec_f32 v, int n)    \
-    {                                                                \
-        store_head_bits16(p, to_##dtype(v), n);                      \
-    }                                                                \
-    INLINE void stream_##dtype(uint16_t *p, vec_f32 v)               \
-    {                                                                \
-        stream_bits16(p, to_##dtype(v));                             \
-    }                                                                \
-    INLINE vec_f64 widen_##dtype(const uint16_t *p)                  \
-    {                                                                \
-        return widen_part_f32(from_##dtype(load_part_bits16(p)), 0); \
-    }                                                                \
-    INLINE vec_f64 widen_head_##dtype(const uint16_t *p, int n)      \
-    {                                                                \
-        return widen_part_f32(load_head_##dtype(p, n), 0);           \
+INLINE vec_f64 widen_bf16(const uint16_t *p)
+{
+    bits16 v = {0};
+    memcpy(&v, p, WIDTH_f64 * sizeof *p);
+    return widen_part_f32(from_bf16(v), 0);
+}
+#endif
+
+/* the other operations of a dtype in memory, from its two conversions */
+#define HALF_PRECISION(dtype)                                     \
+    INLINE vec_f32 load_##dtype(const uint16_t *p)                \
+    {                                                             \
+        return from_##dtype(load_bits16(p));                      \
+    }                                                             \
+    INLINE vec_f32 load_head_##dtype(const uint16_t *p, int n)    \
+    {                                                             \
+        return from_##dtype(load_head_bits16(p, n));              \
+    }                                                             \
+    INLINE void store_##dtype(uint16_t *p, vec_f32 v)             \
+    {                                                             \
+        store_bits16(p, to_##dtype(v));                           \
+    }                                                             \
+    INLINE void store_head_##dtype(uint16_t *p, vec_f32 v, int n) \
+    {                                                             \
+        store_head_bits16(p, to_##dtype(v), n);                   \
+    }                                                             \
+    INLINE void stream_##dtype(uint16_t *p, vec_f32 v)            \
+    {                                                             \
+        stream_bits16(p, to_##dtype(v));                          \
+    }                                                             \
+    INLINE vec_f64 widen_head_##dtype(const uint16_t *p, int n)   \
+    {                                                             \
+        return widen_part_f32(load_head_##dtype(p, n), 0);        \
     }
 
 HALF_PRECISION(f16)
