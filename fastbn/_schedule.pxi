@@ -306,26 +306,27 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
         set_shifts(job, channel, job.sums[channel])
 
 
+cdef void run_unit(Job *job, fastbn_kernel *kernel, int thread, int64_t unit, bint mapping) noexcept nogil:
+    """A kernel over one block of one group."""
+    cdef int64_t channel
+    if job.planar:
+        channel = unit // job.blocks * job.group
+        run_planar(job, kernel, thread, channel, min(job.group, job.channels - channel), unit % job.blocks, mapping)
+    else:
+        run_interleaved(job, kernel, thread, unit // job.groups, unit % job.groups, mapping)
+
+
 cdef void reduce_units(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
-    cdef int64_t unit, channel
+    cdef int64_t unit
     for unit in range(first, last):
-        if job.planar:
-            channel = unit // job.blocks * job.group
-            run_planar(job, job.reduce, thread, channel, min(job.group, job.channels - channel), unit % job.blocks,
-                       False)
-        else:
-            run_interleaved(job, job.reduce, thread, unit // job.groups, unit % job.groups, False)
+        run_unit(job, job.reduce, thread, unit, False)
 
 
 cdef void map_units(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
     """From the last unit to the first: what reduce has read last is still in the cache."""
-    cdef int64_t unit, channel
+    cdef int64_t unit
     for unit in range(job.units - 1 - first, job.units - 1 - last, -1):
-        if job.planar:
-            channel = unit // job.blocks * job.group
-            run_planar(job, job.map, thread, channel, min(job.group, job.channels - channel), unit % job.blocks, True)
-        else:
-            run_interleaved(job, job.map, thread, unit // job.groups, unit % job.groups, True)
+        run_unit(job, job.map, thread, unit, True)
 
 
 cdef void finish_channels(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
