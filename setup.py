@@ -35,7 +35,10 @@ DEBUG = DEBUG or bool(os.environ.get("FASTBN_SANITIZE"))
 # For every translation unit, Cython's too: the bits of results depend on them (docs/numerics.md).
 NUMERICS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 # -fwrapv as CPython itself; -g0 because the interpreter's -g makes the library ten times larger.
-OPTIMIZATION = ["-fwrapv", *(["-O1", "-g", "-UNDEBUG", "-DFASTBN_DEBUG=1"] if DEBUG else ["-O3", "-g0", "-DNDEBUG"])]
+OPTIMIZATION = [
+    "-fwrapv",
+    *(["-O1", "-g", "-UNDEBUG", "-DFASTBN_DEBUG=1"] if DEBUG else ["-O3", "-fno-jump-tables", "-g0", "-DNDEBUG"]),
+]
 SANITIZE = [f"-fsanitize={os.environ['FASTBN_SANITIZE']}"] if os.environ.get("FASTBN_SANITIZE") else []
 WARNINGS = ["-Wall", "-Wextra", *(["-Werror"] if WERROR else [])]
 if DEBUG:  # at -O1 gcc does not unroll the loops that fill a vector and warns of nothing

@@ -25,6 +25,7 @@ Vectors: TypeAlias = tuple[Array | None, Array | None, Array | None, Array | Non
 Result = TypeVar("Result")
 
 DEVICES = ("cpu", "cuda")
+NEGATIVE_SLOPE = 0.01  # of leaky_relu, as in PyTorch
 # For np.shares_memory, whose worst case is exponential; its stub knows two values only.
 _MAX_WORK: Any = 10_000
 _TooHardError = getattr(np, "exceptions", np).TooHardError  # moved in NumPy 1.25
@@ -95,13 +96,19 @@ def momentum(value: Any) -> float:
     raise ArgumentError(f"momentum: expected a number from 0 to 1 (the weight of the new batch), got {value!r}{hint}")
 
 
-def activation(value: Any) -> int:
-    """The core's index."""
-    if value is None:
-        return runtime.ACTIVATION_INDEX["identity"]
-    if isinstance(value, str) and value in runtime.ACTIVATION_INDEX:
-        return runtime.ACTIVATION_INDEX[value]
-    raise ArgumentError(f"activation: expected None or one of {_listed(runtime.activations())}, got {value!r}")
+def activation(value: Any) -> tuple[int, float]:
+    """The core's index, and the slope of leaky_relu."""
+    name, slope = value, NEGATIVE_SLOPE
+    if isinstance(value, tuple) and len(value) == 2 and value[0] == "leaky_relu":
+        name, slope = value
+        if not isinstance(slope, (float, int, np.floating, np.integer)) or not math.isfinite(slope):
+            raise ArgumentError(f"activation: expected a finite slope in ('leaky_relu', slope), got {value!r}")
+    if name is None:
+        name = runtime.activations()[0]
+    if isinstance(name, str) and name in runtime.ACTIVATION_INDEX:
+        return runtime.ACTIVATION_INDEX[name], float(slope)
+    names = _listed(runtime.activations())
+    raise ArgumentError(f"activation: expected None, one of {names}, or ('leaky_relu', slope), got {value!r}")
 
 
 def training(value: Any, has_mean: bool, has_var: bool) -> bool:
@@ -132,7 +139,7 @@ class Options(NamedTuple):
     momentum: float
     eps: float
     unbiased: bool
-    activation: int
+    activation: tuple[int, float]
 
 
 @_remembered
@@ -356,12 +363,18 @@ def updated_apart(running_mean: Array, running_var: Array, x: Array, residual: A
 
 
 def out_apart(
-    out: Array, keep: bool, x: Array, residual: Array | None, running_mean: Array | None, running_var: Array | None
+    out: Array,
+    keep: bool,
+    keep_residual: bool,
+    x: Array,
+    residual: Array | None,
+    running_mean: Array | None,
+    running_var: Array | None,
 ) -> None:
-    """The buffer of forward. `keep`: backward will need x, so not even `out is x` is allowed."""
+    """The buffer of forward. `keep`: backward will need x, so not even `out is x` is allowed; likewise the residual."""
     (apart if keep else apart_or_same)("out", out, "x", x)
     if residual is not None:
-        apart_or_same("out", out, "residual", residual)
+        (apart if keep_residual else apart_or_same)("out", out, "residual", residual)
     if running_mean is not None and running_var is not None:
         apart("out", out, "running_mean", running_mean)
         apart("out", out, "running_var", running_var)

@@ -3,7 +3,7 @@
 Common arguments
     isa         index into `isas()`; the caller has made sure that it is available
     dtype       index into `dtypes()`
-    activation  index into `activations()`
+    activation  index into `activations()`, and the slope of leaky_relu
     threads     number of threads to use, >= 1
     planar      the kernel family: True for planar, False for interleaved
     shape       (outer, channels, inner); interleaved kernels require inner == 1; nothing is computed if one is 0
@@ -42,8 +42,8 @@ def isas() -> tuple[tuple[str, bool], ...]:
 def dtypes() -> tuple[tuple[str, str], ...]:
     """(code, NumPy name) of every dtype, e.g. ("f32", "float32")."""
 
-def activations() -> tuple[str, ...]:
-    """Names of the activations; the first is "identity"."""
+def activations() -> tuple[tuple[str, bool], ...]:
+    """(name, whether its gradient needs the argument and not only a bit of it); the first is "identity"."""
 
 def mask_nbytes(planar: bool, shape: _Shape) -> int:
     """Bytes of the mask that `forward` fills when an activation follows a residual."""
@@ -63,7 +63,7 @@ def forward(
     residual: _Operand | None,
     y: _Operand,
     mask: _MaskArray | None,
-    activation: int,
+    activation: tuple[int, float],
     gamma: _Array | None,
     beta: _Array | None,
     running_mean: _Array | None,
@@ -86,11 +86,12 @@ def backward(
     planar: bool,
     shape: _Shape,
     x: _Operand,
+    residual: _Operand | None,
     dy: _Operand,
     dx: _Operand,
     dresidual: _Operand | None,
     mask: _MaskArray | None,
-    activation: int,
+    activation: tuple[int, float],
     statistics: _Float64Array,
     training: bool,
     gamma_dtype: np.dtype[Any] | None,
@@ -98,7 +99,8 @@ def backward(
 ) -> tuple[_Array | None, _Array | None]:
     """Write dx (and dresidual); return dgamma and dbeta in these dtypes, None where forward had no such vector.
 
-    dx may be dy itself. `statistics` are what forward has returned.
+    A residual is given if the gradient of the activation needs its argument, which is rebuilt. dx may be dy itself.
+    `statistics` are what forward has returned.
     """
 
 def are_plain_vectors(vectors: tuple[Any, ...], channels: int) -> bool:

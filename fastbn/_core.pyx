@@ -42,7 +42,9 @@ cdef extern from "fastbn.h" nogil:
         const double *dy_shift
         double *sums
         int64_t plane
-        int activation, training, stream
+        int activation
+        double negative_slope
+        int training, stream
 
     ctypedef struct fastbn_copy2d:
         int64_t rows, columns
@@ -51,6 +53,7 @@ cdef extern from "fastbn.h" nogil:
         char *destination
         int64_t destination_row, destination_column
 
+    ctypedef void fastbn_pair(const fastbn_block *map, const fastbn_block *reduce) noexcept nogil
     ctypedef void fastbn_kernel(const fastbn_block *) noexcept nogil
 
     ctypedef struct fastbn_kernels:
@@ -60,7 +63,10 @@ cdef extern from "fastbn.h" nogil:
         fastbn_kernel *apply[2]
         fastbn_kernel *backward_stats[2]
         fastbn_kernel *backward_apply[2]
+        fastbn_pair *apply_beside_stats
+        fastbn_pair *backward_apply_beside_stats
         void (*round_coefficients)(const double *values, void *coefficients, int64_t plane) noexcept nogil
+        void (*spread_coefficients)(const fastbn_block *, void *spread, int64_t spread_plane) noexcept nogil
         void (*copy2d)(const fastbn_copy2d *) noexcept nogil
 
     ctypedef struct fastbn_isa:
@@ -76,6 +82,7 @@ cdef extern from "fastbn.h" nogil:
     const char *fastbn_dtype_name(int index)
     int fastbn_activation_count()
     const char *fastbn_activation_name(int index)
+    int fastbn_activation_of_v(int index)
     int64_t fastbn_mask_stride(int64_t columns)
     uint64_t fastbn_enter()
     void fastbn_leave(uint64_t saved)
@@ -153,7 +160,8 @@ def dtypes():
 
 
 def activations():
-    return tuple([fastbn_activation_name(i).decode() for i in range(fastbn_activation_count())])
+    return tuple([(fastbn_activation_name(i).decode(), bool(fastbn_activation_of_v(i)))
+                  for i in range(fastbn_activation_count())])
 
 
 def openmp_max_threads():
@@ -290,7 +298,8 @@ def statistics(int isa, int dtype, int threads, bint planar, tuple shape, tuple 
 
 
 def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, tuple residual, tuple y, mask,
-            int activation, gamma, beta, running_mean, running_var, double eps, bint training, momentum, bint unbiased):
+            tuple activation, gamma, beta, running_mean, running_var, double eps, bint training,
+            momentum, bint unbiased):
     cdef Job job = new_job(isa, dtype, threads, planar, shape, x)
     cdef cnp.npy_intp *extents = [STATISTICS_ROWS, job.channels]
     cdef cnp.ndarray statistics = cnp.PyArray_ZEROS(2, extents, cnp.NPY_DOUBLE, 0)
@@ -301,7 +310,7 @@ def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, 
         job.residual = operand(residual)
         job.y = operand(y)
         job.mask = NULL if mask is None else <char *>cnp.PyArray_DATA(mask)
-        job.activation = activation
+        job.activation, job.negative_slope = activation
         job.gamma = NULL if gamma is None else load(rows + STATISTICS_GAMMA * job.channels, gamma)
         job.beta = NULL if beta is None else load(rows + STATISTICS_BETA * job.channels, beta)
         job.eps = eps
@@ -309,6 +318,8 @@ def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, 
         job.training = training
         job.finish = finish_forward
         job.map = job.kernels.apply[planar]
+        job.map_beside_reduce = job.kernels.apply_beside_stats
+        job.map_flat = job.kernels.apply[0]
         if training:
             job.reduce = job.kernels.stats[planar]
         else:
@@ -326,18 +337,20 @@ def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, 
     return statistics
 
 
-def backward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, tuple dy, tuple dx, tuple dresidual,
-             mask, int activation, cnp.ndarray statistics, bint training, gamma_dtype, beta_dtype):
+def backward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, tuple residual, tuple dy, tuple dx,
+             tuple dresidual, mask, tuple activation, cnp.ndarray statistics, bint training,
+             gamma_dtype, beta_dtype):
     cdef Job job = new_job(isa, dtype, threads, planar, shape, x)
     cdef double *rows = <double *>cnp.PyArray_DATA(statistics)
     cdef cnp.ndarray dgamma = zeros(job.channels, FLOAT64), dbeta = zeros(job.channels, FLOAT64)
     cdef uint64_t saved = fastbn_enter()
     try:
+        job.residual = operand(residual)
         job.dy = operand(dy)
         job.dx = operand(dx)
         job.dresidual = operand(dresidual)
         job.mask = NULL if mask is None else <char *>cnp.PyArray_DATA(mask)
-        job.activation = activation
+        job.activation, job.negative_slope = activation
         job.gamma = NULL if gamma_dtype is None else rows + STATISTICS_GAMMA * job.channels
         job.beta = NULL if beta_dtype is None else rows + STATISTICS_BETA * job.channels
         job.statistics = rows
@@ -348,6 +361,8 @@ def backward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x,
         if training or job.gamma != NULL or job.beta != NULL:
             job.reduce = job.kernels.backward_stats[planar]
         job.map = job.kernels.backward_apply[planar]
+        job.map_beside_reduce = job.kernels.backward_apply_beside_stats
+        job.map_flat = job.kernels.backward_apply[0]
         carry_out(&job)
         return rounded(dgamma, gamma_dtype), rounded(dbeta, beta_dtype)
     finally:

@@ -16,6 +16,9 @@ Array: TypeAlias = npt.NDArray[Any]
 Float64Array: TypeAlias = npt.NDArray[np.float64]
 
 _UINT8 = np.dtype(np.uint8)
+_IDENTITY = runtime.ACTIVATION_INDEX["identity"]
+# Activations whose gradient a bit a value does not tell.
+_NEED_ARGUMENT = {index for index, (_name, needed) in enumerate(_core.activations()) if needed}
 
 
 class Options(TypedDict, total=False):
@@ -27,7 +30,7 @@ class Options(TypedDict, total=False):
     momentum: float
     eps: float
     unbiased: bool
-    activation: str | None
+    activation: str | tuple[str, float] | None
     residual: npt.ArrayLike | None
     out: Array | None
     device: str
@@ -51,7 +54,8 @@ DEFAULTS: Options = {
 
 
 class BatchNormCache:
-    """What backward needs from forward. Leave `x` unchanged until then: it is not copied.
+    """What backward needs from forward. Leave `x` unchanged until then: it is not copied. Nor is the residual that
+    comes before an activation whose gradient is more than open or shut (hardswish).
 
     Attributes
     ----------
@@ -67,6 +71,7 @@ class BatchNormCache:
 
     __slots__ = (
         "_activation",
+        "_added",
         "_axis",
         "_beta_dtype",
         "_dtype",
@@ -82,9 +87,10 @@ class BatchNormCache:
     _axis: int
     _view: _layout.View
     _dtype: int
-    _activation: int
+    _activation: tuple[int, float]
     _training: bool
     _residual: bool
+    _added: tuple[Array, tuple[int, int, int]] | None
     _statistics: Float64Array
     _mask: npt.NDArray[np.uint8] | None
     _gamma_dtype: np.dtype[Any] | None
@@ -113,7 +119,8 @@ class BatchNormCache:
 
     @property
     def nbytes(self) -> int:
-        kept = (self._x, self._statistics, self._mask)
+        added = None if self._added is None else self._added[0]
+        kept = (self._x, self._statistics, self._mask, added)
         return sum(array.nbytes for array in kept if array is not None)
 
     def __repr__(self) -> str:
@@ -156,13 +163,14 @@ def forward(
         _check.several_values(x.shape, per_channel)
     gamma, beta, mean, var = _check.vectors(gamma, beta, mean, var, channels, update)
     added = None if residual is None else _check.companion("residual", residual, x)
+    keep_added = keep and added is not None and act[0] in _NEED_ARGUMENT
     if update:
         assert mean is not None and var is not None
         _check.updated_apart(mean, var, x, added)
     buffer = None
     if out is not None:
         buffer = _check.out(out, x)
-        _check.out_apart(buffer, keep, x, added, mean, var)
+        _check.out_apart(buffer, keep, keep_added, x, added, mean, var)
 
     data = x
     if view is None:
@@ -176,7 +184,7 @@ def forward(
     if added is not None:
         added, added_view = _layout.reduced("residual", added, axis, planar)
         addend = (added, added_view.strides)
-        if keep and act:
+        if keep and act[0] != _IDENTITY and not keep_added:
             mask = _core.empty((_core.mask_nbytes(planar, shape),), _UINT8)
     statistics = _core.forward(
         runtime.current_isa(),
@@ -203,7 +211,7 @@ def forward(
     cache = BatchNormCache()
     cache._x, cache._axis, cache._view, cache._dtype = data, axis, view, dtype
     cache._activation, cache._training, cache._residual = act, training, added is not None
-    cache._statistics, cache._mask = statistics, mask
+    cache._statistics, cache._mask, cache._added = statistics, mask, addend if keep_added else None
     cache._gamma_dtype = None if gamma is None else gamma.dtype
     cache._beta_dtype = None if beta is None else beta.dtype
     return y, cache
@@ -232,6 +240,8 @@ def backward(dy: npt.ArrayLike, cache: BatchNormCache, out: Array | None, num_th
         buffer = _check.out(out, x)
         _check.apart("out", buffer, "x", x)
         _check.apart_or_same("out", buffer, "dy", gradient)
+        if cache._added is not None:
+            _check.apart("out", buffer, "residual", cache._added[0])
         dx, target = out, (buffer, _check.out_view(buffer, axis, view.planar).strides)
     gradient, dy_view = _layout.reduced("dy", gradient, axis, view.planar)
     dresidual = second = None
@@ -244,6 +254,7 @@ def backward(dy: npt.ArrayLike, cache: BatchNormCache, out: Array | None, num_th
         view.planar,
         view.shape,
         (x, view.strides),
+        cache._added,
         (gradient, dy_view.strides),
         target,
         second,

@@ -32,12 +32,15 @@ cdef struct Job:
     int64_t outer, channels, inner
     int threads
     int activation
+    double negative_slope
     bint training
     bint statistics_only
     double eps
     Finish finish
     fastbn_kernel *reduce  # NULL: the statistics are given
     fastbn_kernel *map     # NULL: only the statistics are wanted
+    fastbn_pair *map_beside_reduce  # planar: both at once, for different channels
+    fastbn_kernel *map_flat         # planar: short adjoining runs as rows
     # arrays
     Array x, residual, dy, y, dx, dresidual
     char *mask
@@ -56,7 +59,11 @@ cdef struct Job:
     int64_t group     # columns (interleaved) or channels (planar) of a group
     int64_t groups
     int64_t units
+    int64_t map_rows  # interleaved: map goes over whole rows, so many a unit
+    int64_t map_units
     bint by_channel   # planar: all three steps for a group before the next
+    bint flat         # planar: map takes the runs of a group, which adjoin, as one row
+    bint beside       # and the map of a group beside the reduce of the next
     # scratch, one allocation
     double *sums
     double *x_shift
@@ -64,6 +71,8 @@ cdef struct Job:
     char *coefficients
     char *redo        # a flag a channel
     bint packed       # some array is strided: blocks pass through `packing`
+    char *spread      # flat: the coefficients of a group, for each column; a part for each thread
+    int64_t spread_size
     char *packing     # a part for each thread
     int64_t packing_size
     bint stream
@@ -72,14 +81,18 @@ cdef struct Job:
 cdef enum:
     # Values that a thread packs at once: no block of a channel and no folded row is larger.
     PACKED_VALUES = FASTBN_PLANAR_BLOCK
-    # Columns of a group where interleaved rows are wide.
-    GROUP_COLUMNS = 512
-    # Bytes of x in a unit of planar channels: with y (or dy and dx) it fits an L2 cache of half a megabyte.
+    # Columns of a group where interleaved rows are wide; at most PACKED_VALUES.
+    GROUP_COLUMNS = 1024
+    # Bytes of x in a unit of planar channels. All three steps: with y (or dy and dx) it fits an L2 cache of half a
+    # megabyte. One step: long pieces of memory, enough units for all threads.
     UNIT_BYTES = 128 << 10
+    PHASE_UNIT_BYTES = 512 << 10
     # Ranges of units that a thread gets on average: enough to even out, few enough to cost nothing.
     TASKS_PER_THREAD = 4
     # Sums that one thread finishes while others would still wake up.
     SERIAL_SUMS = 8192
+    # Bytes of a run from which map and reduce go side by side.
+    BESIDE_BYTES = 2 << 10
     # Bytes of y from which stores go past the caches.
     STREAM_BYTES = 32 << 20
 
@@ -132,8 +145,9 @@ cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t
     b.x = locate(&job.x, row, channel, inner, fold)
     b.dy = locate(&job.dy, row, channel, inner, fold)
     b.residual = b.y = b.dx = b.dresidual = none
-    if mapping:
+    if mapping or job.dy.data != NULL:
         b.residual = locate(&job.residual, row, channel, inner, fold)
+    if mapping:
         b.y = locate(&job.y, row, channel, inner, fold)
         b.dx = locate(&job.dx, row, channel, inner, fold)
         b.dresidual = locate(&job.dresidual, row, channel, inner, fold)
@@ -149,6 +163,7 @@ cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t
             b.mask.data = job.mask + row // fold * mask_stride + channel // 8
             b.mask.row = mask_stride
     b.activation = job.activation
+    b.negative_slope = job.negative_slope
     b.training = job.training
     b.stream = job.stream
     b.plane = job.width
@@ -208,40 +223,51 @@ cdef void run_packed(Job *job, fastbn_kernel *kernel, const fastbn_block *stride
     move(job, &job.dresidual, &strided.dresidual, &dense.dresidual, strided, True)
 
 
+cdef fastbn_block planar_block(Job *job, int64_t channel, int64_t channels, int64_t block, bint mapping) noexcept nogil:
+    """One block of each of some channels."""
+    cdef fastbn_block b
+    cdef int64_t row = block // job.segments * job.rows_per_block
+    cdef int64_t inner = block % job.segments * job.kernels.planar_block
+    b.rows = min(job.rows_per_block, job.outer - row)
+    b.columns = min(job.inner - inner, job.kernels.planar_block) if job.segments > 1 else job.inner
+    b.channels = channels
+    place(job, &b, row, channel, inner, mapping)
+    b.sums = job.sums + block * 2 * job.width + channel
+    return b
+
+
 cdef void run_planar(Job *job, fastbn_kernel *kernel, int thread, int64_t channel, int64_t channels, int64_t block,
                      bint mapping) noexcept nogil:
     """A kernel over one block of each of some channels."""
     cdef fastbn_block b
-    cdef int64_t row = block // job.segments * job.rows_per_block
-    cdef int64_t inner = block % job.segments * job.kernels.planar_block
-    cdef int64_t last = channel + channels
-    b.rows = min(job.rows_per_block, job.outer - row)
-    b.columns = min(job.inner - inner, job.kernels.planar_block) if job.segments > 1 else job.inner
-    b.channels = 1 if job.packed else channels
-    while channel < last:
-        place(job, &b, row, channel, inner, mapping)
-        b.sums = job.sums + block * 2 * job.width + channel
-        if job.packed:
-            run_packed(job, kernel, &b, thread)
-        else:
-            kernel(&b)
-        channel += b.channels
+    cdef int64_t i
+    if mapping and job.flat:
+        b = planar_block(job, channel, channels, block, True)
+        job.kernels.spread_coefficients(&b, job.spread + thread * job.spread_size, job.group * job.inner)
+        b.coefficients = job.spread + thread * job.spread_size
+        b.plane = job.group * job.inner
+        b.columns *= channels
+        job.map_flat(&b)
+        return
+    if not job.packed:
+        b = planar_block(job, channel, channels, block, mapping)
+        kernel(&b)
+        return
+    for i in range(channel, channel + channels):
+        b = planar_block(job, i, 1, block, mapping)
+        run_packed(job, kernel, &b, thread)
 
 
-cdef void run_interleaved(Job *job, fastbn_kernel *kernel, int thread, int64_t block, int64_t group,
-                          bint mapping) noexcept nogil:
-    """A kernel over one block of rows, all columns of a group."""
+cdef void run_interleaved(Job *job, fastbn_kernel *kernel, int thread, int64_t block, int64_t row, int64_t last,
+                          int64_t column, int64_t columns, bint mapping) noexcept nogil:
+    """A kernel over some columns of the rows row .. last-1 of a block. What is left of the rows of the array after the
+    last whole `fold` of them is a shorter row of its own."""
     cdef fastbn_block b
-    cdef int64_t rows = job.outer // job.fold  # whole rows of `width` columns; then perhaps one that is shorter
-    cdef int64_t row = block * job.kernels.interleaved_block, column = group * job.group, last, step
-    if row < rows:
-        last = min(row + job.kernels.interleaved_block, rows)
-        b.columns = min(job.group, job.width - column)
-    else:
-        row = rows
-        last = row + 1
-        b.columns = (job.outer - rows * job.fold) * job.channels
-    step = max(1, PACKED_VALUES // b.columns) if job.packed else last - row
+    cdef int64_t step
+    if row == job.outer // job.fold:
+        columns = (job.outer - row * job.fold) * job.channels
+    b.columns = columns
+    step = max(1, PACKED_VALUES // columns) if job.packed else last - row
     while row < last:
         b.rows = min(step, last - row)
         place(job, &b, row * job.fold, column, 0, mapping)
@@ -306,27 +332,43 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
         set_shifts(job, channel, job.sums[channel])
 
 
-cdef void run_unit(Job *job, fastbn_kernel *kernel, int thread, int64_t unit, bint mapping) noexcept nogil:
-    """A kernel over one block of one group."""
-    cdef int64_t channel
-    if job.planar:
-        channel = unit // job.blocks * job.group
-        run_planar(job, kernel, thread, channel, min(job.group, job.channels - channel), unit % job.blocks, mapping)
-    else:
-        run_interleaved(job, kernel, thread, unit // job.groups, unit % job.groups, mapping)
-
-
 cdef void reduce_units(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
-    cdef int64_t unit
+    """A unit is one block of one group."""
+    cdef int64_t unit, block, row, column, channel, rows = job.outer // job.fold
     for unit in range(first, last):
-        run_unit(job, job.reduce, thread, unit, False)
+        if job.planar:
+            channel = unit // job.blocks * job.group
+            run_planar(job, job.reduce, thread, channel, min(job.group, job.channels - channel), unit % job.blocks,
+                       False)
+        else:
+            block, column = unit // job.groups, unit % job.groups * job.group
+            row = block * job.kernels.interleaved_block
+            if row >= rows:
+                run_interleaved(job, job.reduce, thread, block, rows, rows + 1, 0, 0, False)
+            else:
+                run_interleaved(job, job.reduce, thread, block, row, min(row + job.kernels.interleaved_block, rows),
+                                column, min(job.group, job.width - column), False)
 
 
 cdef void map_units(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
-    """From the last unit to the first: what reduce has read last is still in the cache."""
-    cdef int64_t unit
-    for unit in range(job.units - 1 - first, job.units - 1 - last, -1):
-        run_unit(job, job.map, thread, unit, True)
+    """From the last unit to the first: what reduce has read last is still in the cache. A unit is one block of one
+    group (planar), or some rows, whole ones unless they are packed."""
+    cdef int64_t unit, channel, row, column, rows = job.outer // job.fold
+    cdef int64_t columns = job.group if job.packed else job.width
+    for unit in range(job.map_units - 1 - first, job.map_units - 1 - last, -1):
+        if job.planar:
+            channel = unit // job.blocks * job.group
+            run_planar(job, job.map, thread, channel, min(job.group, job.channels - channel), unit % job.blocks, True)
+        else:
+            row = unit * job.map_rows
+            if row >= rows:
+                run_interleaved(job, job.map, thread, 0, rows, rows + 1, 0, 0, True)
+            else:
+                column = 0
+                while column < job.width:
+                    run_interleaved(job, job.map, thread, 0, row, min(row + job.map_rows, rows), column,
+                                    min(columns, job.width - column), True)
+                    column += columns
 
 
 cdef void finish_channels(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
@@ -345,20 +387,30 @@ cdef void finish_redone(Job *job, int thread, int64_t first, int64_t last) noexc
 cdef void whole_groups(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
     """All three steps for a range of groups of planar channels, group by group."""
     cdef int64_t group, channel, channels, block
+    cdef bint mapping
+    cdef fastbn_block mapped, reduced
     for group in range(first, last):
         channel = group * job.group
         channels = min(job.group, job.channels - channel)
         shift_channels(job, thread, channel, channel + channels)
+        mapping = group > first and job.map != NULL
         for block in range(job.blocks):
-            run_planar(job, job.reduce, thread, channel, channels, block, False)
+            reduced = planar_block(job, channel, channels, block, False)
+            if mapping and job.beside:
+                mapped = planar_block(job, channel - job.group, job.group, block, True)
+                job.map_beside_reduce(&mapped, &reduced)
+            else:
+                if mapping:
+                    run_planar(job, job.map, thread, channel - job.group, job.group, block, True)
+                run_planar(job, job.reduce, thread, channel, channels, block, False)
         finish_channels(job, thread, channel, channel + channels)
         if any_redo(job, channel, channel + channels):
             for block in range(job.blocks):
                 run_planar(job, job.reduce, thread, channel, channels, block, False)
             finish_redone(job, thread, channel, channel + channels)
-        if job.map != NULL:
-            for block in range(job.blocks - 1, -1, -1):
-                run_planar(job, job.map, thread, channel, channels, block, True)
+    if job.map != NULL:
+        for block in range(job.blocks - 1, -1, -1):
+            run_planar(job, job.map, thread, channel, channels, block, True)
 
 
 cdef bint any_redo(Job *job, int64_t first, int64_t last) noexcept nogil:
@@ -382,6 +434,11 @@ cdef bint is_strided(Job *job, const Array *array) noexcept nogil:
     return array.channel != size or (job.fold > 1 and job.outer > 1 and array.outer != job.channels * size)
 
 
+cdef bint is_dense(Job *job, const Array *array) noexcept nogil:
+    """Whether the planes of neighbouring channels adjoin."""
+    return array.data == NULL or (array.inner == job.kernels.itemsize and array.channel == job.inner * array.inner)
+
+
 cdef int64_t gcd(int64_t a, int64_t b) noexcept nogil:
     while b:
         a, b = b, a % b
@@ -400,9 +457,16 @@ cdef bint balanced(int64_t channels, int threads) noexcept nogil:
 
 cdef void cut(Job *job) noexcept nogil:
     """Fix blocks and units. Nothing that cuts a sum depends on anything but the shape."""
-    cdef int64_t rows, values, planar_block = job.kernels.planar_block
+    cdef int64_t rows, values, unit, planar_block = job.kernels.planar_block
+    cdef const char *written
+    cdef int64_t whole = 1
     job.fold = fold_of(job.planar, job.channels)
     job.width = job.fold * job.channels
+    job.packed = (is_strided(job, &job.x) or is_strided(job, &job.residual) or is_strided(job, &job.dy)
+                  or is_strided(job, &job.y) or is_strided(job, &job.dx) or is_strided(job, &job.dresidual))
+    job.flat = (job.planar and not job.packed and job.mask == NULL and job.inner * job.kernels.itemsize < BESIDE_BYTES
+                and is_dense(job, &job.x) and is_dense(job, &job.residual) and is_dense(job, &job.dy)
+                and is_dense(job, &job.y) and is_dense(job, &job.dx) and is_dense(job, &job.dresidual))
     job.segments = 1
     job.by_channel = False
     if job.planar:
@@ -414,20 +478,28 @@ cdef void cut(Job *job) noexcept nogil:
         job.blocks = job.segments * ceil_div(job.outer, job.rows_per_block)
         job.by_channel = job.reduce != NULL and balanced(job.channels, job.threads)
         values = job.outer * job.inner if job.by_channel else job.rows_per_block * min(job.inner, planar_block)
-        job.group = max(1, min(UNIT_BYTES // (values * job.kernels.itemsize), job.channels // job.threads))
+        unit = UNIT_BYTES if job.by_channel else PHASE_UNIT_BYTES
+        job.group = max(1, min(unit // (values * job.kernels.itemsize), job.channels // job.threads))
+        if job.flat:  # rows of whole vectors
+            whole = FASTBN_LANES // gcd(job.inner, FASTBN_LANES)
+            if job.group > whole:
+                job.group -= job.group % whole
         job.groups = ceil_div(job.channels, job.group)
     else:
         rows = job.outer // job.fold
         job.blocks = ceil_div(rows, job.kernels.interleaved_block) + (rows * job.fold < job.outer)
         job.group = GROUP_COLUMNS if job.fold == 1 else job.width
         job.groups = ceil_div(job.width, job.group)
-    job.units = job.groups * job.blocks
-    job.packed = (is_strided(job, &job.x) or is_strided(job, &job.residual) or is_strided(job, &job.dy)
-                  or is_strided(job, &job.y) or is_strided(job, &job.dx) or is_strided(job, &job.dresidual))
+    job.units = job.map_units = job.groups * job.blocks
+    if not job.planar:
+        job.map_rows = max(1, UNIT_BYTES // (job.width * job.kernels.itemsize))
+        job.map_units = ceil_div(rows, job.map_rows) + (rows * job.fold < job.outer)
+    job.beside = job.by_channel and not job.packed and job.inner * job.kernels.itemsize >= BESIDE_BYTES
     # Streaming pays where y is too large to be found in a cache later, and runs are long enough to fill whole lines.
-    job.stream = (job.y.data != NULL and job.y.data != job.x.data and job.residual.data == NULL
+    written = job.y.data if job.dy.data == NULL else job.dx.data
+    job.stream = (written != NULL and written != job.x.data and written != job.residual.data and written != job.dy.data
                   and job.outer * job.channels * job.inner * job.kernels.itemsize >= STREAM_BYTES
-                  and (not job.planar or job.inner * job.kernels.itemsize >= 1024))
+                  and (not job.planar or job.flat or job.inner * job.kernels.itemsize >= BESIDE_BYTES))
 
 
 cdef inline int64_t aligned(int64_t size) noexcept nogil:
@@ -448,11 +520,16 @@ cdef int64_t lay_out(Job *job, char *memory) noexcept nogil:
     job.coefficients = take(&cursor, FASTBN_PLANES * job.width * job.kernels.coefficient_size)
     job.redo = take(&cursor, job.channels)
     job.sums = <double *>take(&cursor, sums_size(job) if job.reduce != NULL else 0)
+    job.spread = cursor
+    job.spread_size = 0
+    if job.flat:
+        job.spread_size = aligned(FASTBN_PLANES * job.group * job.inner * job.kernels.coefficient_size)
+    cursor += job.spread_size * min(job.threads, max(job.units, job.map_units))
     job.packing = cursor
     job.packing_size = 0
-    if job.packed:  # x and dy, dx and dresidual
-        job.packing_size = 4 * aligned(PACKED_VALUES * job.kernels.itemsize)
-    cursor += job.packing_size * min(job.threads, job.units)
+    if job.packed:  # x, dy and residual, dx and dresidual
+        job.packing_size = 5 * aligned(PACKED_VALUES * job.kernels.itemsize)
+    cursor += job.packing_size * min(job.threads, max(job.units, job.map_units))
     return cursor - memory
 
 
@@ -477,7 +554,7 @@ cdef void run_in_phases(Job *job) noexcept nogil:
         reduce_phase(job)  # channels that keep their shift get the same sums again
         phase(job, finish_redone, job.channels, finishers)
     if job.map != NULL:
-        phase(job, map_units, job.units, job.threads)
+        phase(job, map_units, job.map_units, job.threads)
 
 
 cdef bint run(Job *job) noexcept nogil:

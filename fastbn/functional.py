@@ -129,13 +129,15 @@ def batchnorm2d(
     unbiased : bool
         Whether `running_var` gets the variance times ``n / (n - 1)`` (the paper, PyTorch) or as it is (Keras, Flax,
         ONNX).
-    activation : str, optional
-        One of ``fastbn.runtime.activations()``; None is "identity".
+    activation : str or (str, float), optional
+        One of ``fastbn.runtime.activations()``: "relu", "leaky_relu" (slope 0.01; another one as ``("leaky_relu",
+        slope)``), "relu6", "hardsigmoid", "hardswish". None is "identity".
     residual : array_like of the shape and dtype of `x`, optional
         Added before the activation.
     out : ndarray of the shape, dtype and memory order of `x`, optional
         Where to write y. ``out is x`` and ``out is residual`` are legal, partial overlap is not. The functions
-        `batchnorm*_forward` refuse an `out` that overlaps `x`, which backward still needs.
+        `batchnorm*_forward` refuse an `out` that overlaps what backward still needs: `x`, and the `residual` of
+        hardswish.
     device : {"cpu", "cuda"}
         "cuda" raises `DeviceError` where that backend is not installed.
     num_threads : int, optional
@@ -267,9 +269,10 @@ def batchnorm_backward(
 ) -> Gradients:
     """Gradients with respect to x, gamma, beta and residual.
 
-    With ``g = dy`` where the activation passes it, and the statistics of the batch: ``dbeta = sum(g)``, ``dgamma =
-    rstd * sum(g * (x - mean))`` and ``dx = gamma * rstd * (g - mean(g) - (x - mean) * rstd**2 * mean(g * (x -
-    mean)))``. With running statistics, which do not depend on x, ``dx = gamma * rstd * g``. ``dresidual = g``.
+    With ``g`` the gradient before the activation (for relu dy where y is positive, else 0) and the statistics of the
+    batch: ``dbeta = sum(g)``, ``dgamma = rstd * sum(g * (x - mean))`` and ``dx = gamma * rstd * (g - mean(g) - (x -
+    mean) * rstd**2 * mean(g * (x - mean)))``. With running statistics, which do not depend on x, ``dx = gamma * rstd *
+    g``. ``dresidual = g``.
 
     Parameters
     ----------

@@ -70,7 +70,7 @@ class _BatchNorm:
         *,
         layout: str | None = None,
         unbiased: bool = True,
-        activation: str | None = None,
+        activation: str | tuple[str, float] | None = None,
         dtype: npt.DTypeLike = np.float32,
         device: str = "cpu",
         num_threads: int | None = None,

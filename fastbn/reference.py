@@ -4,8 +4,10 @@ Same names and arguments as `fastbn.functional`; nothing is checked, nothing is 
 arrays are updated in place, as there. Source: Ioffe and Szegedy 2015, arXiv:1502.03167, Algorithms 1 and 2 and
 section 3.
 
-Activations: `ACTIVATIONS[name]` is the pair (y from v, slope from v). NaN and Inf follow from these lines: relu is
-``v < 0 ? 0 : v``, so NaN stays NaN; its gradient passes unless ``y <= 0``, so it passes at NaN.
+Activations: `ACTIVATIONS[name]` is the pair (y from v, slope from v); both also take the slope of leaky_relu. NaN and
+Inf follow from these lines: relu is ``v < 0 ? 0 : v``, so NaN stays NaN; its gradient passes unless ``v <= 0``, so it
+passes at NaN. Sources: Maas et al. 2013 (leaky_relu); Howard et al. 2017, arXiv:1704.04861 (relu6) and 2019,
+arXiv:1905.02244, section 5.2 (hardsigmoid, hardswish).
 """
 
 from __future__ import annotations
@@ -25,26 +27,65 @@ Float64Array: TypeAlias = npt.NDArray[np.float64]
 # Activations
 
 
-def _identity(v: Float64Array) -> Float64Array:
+NEGATIVE_SLOPE = 0.01
+
+
+def _identity(v: Float64Array, _: float) -> Float64Array:
     return v
 
 
-def _identity_slope(v: Float64Array) -> Float64Array:
+def _identity_slope(v: Float64Array, _: float) -> Float64Array:
     return np.ones_like(v)
 
 
-def _relu(v: Float64Array) -> Float64Array:
+def _relu(v: Float64Array, _: float) -> Float64Array:
     return np.where(v < 0, 0.0, v)
 
 
-def _relu_slope(v: Float64Array) -> Float64Array:
+def _relu_slope(v: Float64Array, _: float) -> Float64Array:
     return np.where(v <= 0, 0.0, 1.0)
 
 
-Activation: TypeAlias = Callable[[Float64Array], Float64Array]
+def _leaky_relu(v: Float64Array, negative_slope: float) -> Float64Array:
+    return np.where(v < 0, v * negative_slope, v)
+
+
+def _leaky_relu_slope(v: Float64Array, negative_slope: float) -> Float64Array:
+    return np.where(v <= 0, negative_slope, 1.0)
+
+
+def _relu6(v: Float64Array, _: float) -> Float64Array:
+    return np.clip(v, 0.0, 6.0)
+
+
+def _relu6_slope(v: Float64Array, _: float) -> Float64Array:
+    return np.where((v <= 0) | (v >= 6), 0.0, 1.0)
+
+
+def _hardsigmoid(v: Float64Array, _: float) -> Float64Array:
+    return np.clip(v + 3, 0.0, 6.0) / 6
+
+
+def _hardsigmoid_slope(v: Float64Array, _: float) -> Float64Array:
+    return np.where((v <= -3) | (v >= 3), 0.0, 1 / 6)
+
+
+def _hardswish(v: Float64Array, _: float) -> Float64Array:
+    return np.where(v <= -3, 0.0, v * (np.clip(v + 3, 0.0, 6.0) / 6))
+
+
+def _hardswish_slope(v: Float64Array, _: float) -> Float64Array:
+    return np.where(v <= -3, 0.0, np.where(v >= 3, 1.0, v / 3 + 0.5))
+
+
+Activation: TypeAlias = Callable[[Float64Array, float], Float64Array]
 ACTIVATIONS: dict[str, tuple[Activation, Activation]] = {
     "identity": (_identity, _identity_slope),
     "relu": (_relu, _relu_slope),
+    "leaky_relu": (_leaky_relu, _leaky_relu_slope),
+    "relu6": (_relu6, _relu6_slope),
+    "hardsigmoid": (_hardsigmoid, _hardsigmoid_slope),
+    "hardswish": (_hardswish, _hardswish_slope),
 }
 
 
@@ -105,6 +146,7 @@ class Cache(NamedTuple):
     axis: int
     training: bool
     activation: str
+    negative_slope: float
     has_residual: bool
 
 
@@ -120,12 +162,12 @@ def batchnorm_forward(
     momentum: float = 0.1,
     eps: float = 1e-5,
     unbiased: bool = True,
-    activation: str | None = None,
+    activation: str | tuple[str, float] | None = None,
     residual: npt.ArrayLike | None = None,
 ) -> tuple[Float64Array, Cache]:
     """``y = act((x - mean) * rstd * gamma + beta + residual)`` with ``rstd = 1 / sqrt(var + eps)``."""
     x = np.asarray(x, np.float64)
-    name = "identity" if activation is None else activation
+    name, negative_slope = activation if isinstance(activation, tuple) else (activation or "identity", NEGATIVE_SLOPE)
     training = running_mean is None if training is None else training
     if training:
         batch = batchnorm_stats(x, axis=axis)
@@ -147,8 +189,9 @@ def batchnorm_forward(
         v = v if beta is None else v + along(beta)
         v = v if residual is None else v + np.asarray(residual, np.float64)
     gamma, beta = (None if values is None else np.array(values, np.float64) for values in (gamma, beta))
-    cache = Cache(x, v, gamma, beta, mean, rstd, axis, training, name, residual is not None)
-    return ACTIVATIONS[name][0](v), cache
+    cache = Cache(x, v, gamma, beta, mean, rstd, axis, training, name, negative_slope, residual is not None)
+    with np.errstate(invalid="ignore"):
+        return ACTIVATIONS[name][0](v, negative_slope), cache
 
 
 def batchnorm(
@@ -222,15 +265,18 @@ class Gradients(NamedTuple):
     dresidual: Float64Array | None
 
 
-def batchnorm_backward(dy: npt.ArrayLike, cache: Cache, *, passes: npt.ArrayLike | None = None) -> Gradients:
+def batchnorm_backward(dy: npt.ArrayLike, cache: Cache, *, slope: npt.ArrayLike | None = None) -> Gradients:
     """The gradients of section 3, with the sums over batch and space written out.
 
-    `passes` replaces the slope of the activation: where v is within a rounding of a kink, only the program that
-    rounded can say on which side of it it was.
+    `slope` replaces that of the activation: where v is within a rounding of a kink, only the program that rounded can
+    say on which side of it it was.
     """
-    slope = ACTIVATIONS[cache.activation][1](cache.v) if passes is None else np.asarray(passes, np.float64)
+    if slope is None:
+        slope = ACTIVATIONS[cache.activation][1](cache.v, cache.negative_slope)
+    slope = np.asarray(slope, np.float64)
     # Not a product: where nothing passes, dy = Inf or NaN does not matter.
-    g = np.where(slope == 0, 0.0, np.asarray(dy, np.float64) * slope)
+    with np.errstate(invalid="ignore"):
+        g = np.where(slope == 0, 0.0, np.asarray(dy, np.float64) * slope)
     centered = cache.x - _along(cache.mean, cache.x.ndim, cache.axis)
     rows, deviations = _channels_first(g, cache.axis), _channels_first(centered, cache.axis)
     count = rows.shape[1]

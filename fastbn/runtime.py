@@ -49,7 +49,7 @@ BYTES_PER_THREAD = 64 * 1024
 # More threads than any machine has; a request for more is a mistake that could exhaust the process limit of the system.
 MAX_THREADS = 4096
 
-ACTIVATION_INDEX = {name: index for index, name in enumerate(_core.activations())}
+ACTIVATION_INDEX = {name: index for index, (name, _needs_argument) in enumerate(_core.activations())}
 _DTYPE_INDEX = {name: index for index, (_code, name) in enumerate(_core.dtypes())}
 _ISA_INDEX = {name: index for index, (name, available) in enumerate(_core.isas()) if available}
 

@@ -79,8 +79,11 @@ const char *fastbn_dtype_name(int index)
     return dtypes[index][1];
 }
 
-static const char *const activations[] = {
-#define FASTBN_ACTIVATION(name, forward, passes) #name,
+static const struct {
+    const char *name;
+    int of_v;
+} activations[] = {
+#define FASTBN_ACTIVATION(name, y, open, where_open, where_shut, of_v) {#name, of_v},
 #include "activations.def"
 #undef FASTBN_ACTIVATION
 };
@@ -92,7 +95,12 @@ int fastbn_activation_count(void)
 
 const char *fastbn_activation_name(int index)
 {
-    return activations[index];
+    return activations[index].name;
+}
+
+int fastbn_activation_of_v(int index)
+{
+    return activations[index].of_v;
 }
 
 #if defined(__x86_64__)

@@ -49,17 +49,18 @@ typedef struct fastbn_operand {
  * dy) is legal: a kernel loads before it stores. */
 typedef struct fastbn_block {
     int64_t rows, columns, channels; /* channels: planar only */
-    fastbn_operand x, residual, dy;  /* read */
+    fastbn_operand x, residual, dy;  /* read; residual in backward: if v is asked for and has one */
     fastbn_operand y, dx, dresidual; /* written */
-    fastbn_operand mask;             /* a bit a value, set where the gradient passes; fastbn_mask_stride(columns) */
+    fastbn_operand mask;             /* a bit a value, set where the activation is open; fastbn_mask_stride(columns) */
     /* One value for each channel (planar) or column (interleaved); all planes are `plane` elements apart. */
     const void *coefficients;         /* FASTBN_PLANES planes */
     const double *x_shift, *dy_shift; /* subtracted before summing */
     double *sums;                     /* two planes of sums: written (planar) or added to (interleaved) */
     int64_t plane;
     int activation; /* row of activations.def */
-    int training;   /* backward_apply: whether mean and variance depend on x */
-    int stream;     /* apply: store past the caches */
+    double negative_slope;
+    int training; /* backward_apply: whether mean and variance depend on x */
+    int stream;   /* apply and backward_apply: store past the caches */
 } fastbn_block;
 
 /* A strided copy of a matrix. Strides in bytes. */
@@ -72,6 +73,7 @@ typedef struct fastbn_copy2d {
 } fastbn_copy2d;
 
 typedef void fastbn_kernel(const fastbn_block *);
+typedef void fastbn_pair(const fastbn_block *map, const fastbn_block *reduce);
 
 /* What an ISA offers for a dtype. */
 typedef struct fastbn_kernels {
@@ -84,8 +86,13 @@ typedef struct fastbn_kernels {
     fastbn_kernel *apply[2];          /* y (and mask) from x, residual, coefficients */
     fastbn_kernel *backward_stats[2]; /* sums of e and e*d, e = g - dy_shift, d = x - x_shift */
     fastbn_kernel *backward_apply[2]; /* dx (and dresidual) from x, dy, coefficients, mask */
+    /* Planar, both for the same rows and columns: the first kernel's work on one block, the second's on another. */
+    fastbn_pair *apply_beside_stats, *backward_apply_beside_stats;
     /* Round the coefficients of one channel (float64, means as unevaluated sums hi + lo) into their planes. */
     void (*round_coefficients)(const double values[FASTBN_PLANES], void *coefficients, int64_t plane);
+    /* The coefficients of a planar block, one for each value of its channels' runs, in planes so many elements apart:
+     * where runs adjoin, they are one row of an interleaved block. */
+    void (*spread_coefficients)(const fastbn_block *, void *spread, int64_t spread_plane);
     void (*copy2d)(const fastbn_copy2d *);
 } fastbn_kernels;
 
@@ -105,6 +112,7 @@ const char *fastbn_dtype_code(int index);
 const char *fastbn_dtype_name(int index);
 int fastbn_activation_count(void);
 const char *fastbn_activation_name(int index);
+int fastbn_activation_of_v(int index); /* whether its gradient is a function of v, not only of where it is open */
 
 /* Bytes of a row of the mask: whole groups of 16 columns, so that no two groups share a byte. */
 static inline int64_t fastbn_mask_stride(int64_t columns)

@@ -104,7 +104,7 @@ C_FILES = sorted(path for path in KERNELS.rglob("*") if path.suffix in (".c", ".
 LISTS = {
     "isa": {name for name, _available in _core.isas()},
     "dtype": {name for _code, name in _core.dtypes()},
-    "activation": set(_core.activations()),
+    "activation": {name for name, _ in _core.activations()},
 }
 
 
@@ -166,6 +166,6 @@ def test_architecture_tables_are_those_of_the_def_files():
         return [row.split(",")[column].strip().strip(")").strip('"') for row in found]
 
     assert [code for code, _name in _core.dtypes()] == rows("dtypes.def", 0)
-    assert list(_core.activations()) == rows("activations.def", 0)
+    assert [name for name, _ in _core.activations()] == rows("activations.def", 0)
     compiled = [name for name, _available in _core.isas()]
     assert [name for name in rows("isa.def", 1) if name in compiled] == compiled

@@ -11,7 +11,7 @@ import fastbn
 from combinations import (
     ISAS,
     THREADS,
-    each_activation,
+    each_activation_and_shape,
     each_dtype,
     each_isa,
     each_mode,
@@ -29,15 +29,16 @@ BIG_ENOUGH = [
     (3, 2, 101, 103),  # few channels: split among threads
     (1500, 100),
     (10000, 6),  # folded rows, several blocks and a rest
+    (70, 4500),  # rows wider than what is packed at once
+    (20, 300, 7, 7),  # short runs, several groups of them
 ]
 
 
 @each_dtype
 @each_order
-@each_activation
+@each_activation_and_shape(BIG_ENOUGH)
 @with_or_without_residual
 @each_mode
-@each_shape(BIG_ENOUGH)
 def test_bits_do_not_depend_on_isa_or_threads(dtype, order, activation, with_residual, training, shape):
     problem = make_problem(shape, dtype, order=order, with_residual=with_residual, training=training, offset=1.5)
     expected = run(problem, activation, ISAS[-1], 1)
@@ -126,18 +127,30 @@ def test_bits_in_place_and_repeated(dtype, order):
 
 @each_dtype
 @each_isa
+@each_shape([(50, 100, 70), (50, 7, 7)])
 @pytest.mark.parametrize("axis", [1, -1])
-def test_bits_of_streamed_output(isa, dtype, axis):
+def test_bits_of_streamed_output(isa, dtype, axis, shape):
     """Large outputs go past the caches; those in place do not: the same values, also where rows start off a line."""
-    x = make_problem((1, 50, 100, 70), dtype).x
-    x = np.concatenate([x] * -(-(34 << 20) // x.nbytes))  # above STREAM_BYTES of the schedule
-    room = np.empty(x.nbytes + 64, np.uint8)
-    start = -room.ctypes.data % 64 + x.itemsize
-    out = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
-    with fastbn.runtime.isa(isa):
-        fastbn.batchnorm(x, axis=axis, out=out)
-        fastbn.batchnorm(x, axis=axis, out=x)
-    assert_same_bits(out, x)
+    problem = make_problem((1, *shape), dtype)
+    copies = -(-(34 << 20) // problem.x.nbytes)  # above STREAM_BYTES of the schedule
+    x, dy = (np.concatenate([array] * copies) for array in (problem.x, problem.dy))
+    for offset in (0, x.itemsize):  # where rows begin in their lines, and where the mask allows streaming
+        room = np.empty(x.nbytes + 64, np.uint8)
+        start = -room.ctypes.data % 64 + offset
+        out = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+        with fastbn.runtime.isa(isa):
+            for residual in (None, dy):
+                _, cache = fastbn.batchnorm_forward(x, axis=axis, activation="relu", residual=residual, out=out)
+                in_place = x.copy() if residual is None else residual.copy()
+                given = (in_place, None) if residual is None else (x, in_place)
+                fastbn.batchnorm(given[0], axis=axis, activation="relu", residual=given[1], out=in_place)
+                assert_same_bits(out, in_place)
+                streamed = fastbn.batchnorm_backward(dy, cache, out=out)
+                in_place = dy.copy()
+                plain = fastbn.batchnorm_backward(in_place, cache, out=in_place)
+                assert_same_bits(out, in_place)
+                if residual is not None:
+                    assert_same_bits(streamed.dresidual, plain.dresidual)
 
 
 @pytest.fixture(scope="module")

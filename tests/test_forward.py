@@ -5,7 +5,7 @@ import pytest
 
 import fastbn
 from combinations import (
-    each_activation,
+    each_activation_and_shape,
     each_dtype,
     each_isa,
     each_mode,
@@ -27,7 +27,15 @@ from problems import (
     ulp_distance,
     ulp_error,
 )
-from tolerances import EXACT_ULP_F32, STATISTICS_RELATIVE_F64, STATISTICS_ULP, exact_ulp_f64, forward_atol, storing
+from tolerances import (
+    EXACT_ULP_F32,
+    STATISTICS_RELATIVE_F64,
+    STATISTICS_ULP,
+    activation_atol,
+    exact_ulp_f64,
+    forward_atol,
+    storing,
+)
 
 SEVERAL_VALUES = [shape for shape in SHAPES if np.prod(shape) > shape[1]]
 
@@ -50,10 +58,9 @@ def test_statistics_of_exact_data_are_exact(isa, dtype, order, shape):
 @each_isa
 @each_dtype
 @each_order
-@each_activation
+@each_activation_and_shape(SEVERAL_VALUES)
 @with_or_without_residual
 @each_mode
-@each_shape(SEVERAL_VALUES)
 def test_y_matches_reference(isa, dtype, order, activation, with_residual, training, shape):
     problem = make_problem(shape, dtype, order=order, with_residual=with_residual, training=training, offset=2.0)
     with fastbn.runtime.isa(isa):
@@ -64,7 +71,8 @@ def test_y_matches_reference(isa, dtype, order, activation, with_residual, train
     residual = 0.0 if problem.residual is None else problem.residual
     scaled = reference.v - beta - residual
     assert y.dtype == dtype and y.shape == shape
-    assert np.all(np.abs(y - expected) <= forward_atol(dtype, scaled, beta, residual, offset_ratio=16.0))
+    atol = forward_atol(dtype, scaled, beta, residual, offset_ratio=16.0)
+    assert np.all(np.abs(y - expected) <= activation_atol(dtype, activation, atol, expected))
     np.testing.assert_allclose(cache.mean, reference.mean, rtol=0, atol=1e-12)
     np.testing.assert_allclose(cache.rstd, reference.rstd, rtol=1e-12)
 
@@ -163,14 +171,30 @@ def test_input_is_not_modified(isa, dtype, order):
 
 
 @each_isa
+@pytest.mark.parametrize("slope", [0.2, -1.0, 0, np.float32(0.5)])
+def test_leaky_relu_has_the_slope_that_is_asked_for(isa, slope):
+    problem = make_problem((4, 3, 20), "float64", with_residual=True)
+    with fastbn.runtime.isa(isa):
+        y, cache = problem.forward(("leaky_relu", slope))
+        gradients = fastbn.batchnorm_backward(problem.dy, cache)
+    expected, reference = problem.reference(("leaky_relu", float(slope)))
+    np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-12)
+    expected = fastbn.reference.batchnorm_backward(problem.dy, reference)
+    np.testing.assert_allclose(gradients.dx, expected.dx, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(gradients.dresidual, expected.dresidual, rtol=1e-15)
+
+
+@each_isa
 @each_order
-def test_nan_and_infinity_through_relu(isa, order):
-    """relu is v < 0 ? 0 : v: NaN stays NaN, infinity stays, and the gradient passes where y is NaN."""
-    x = np.array([[np.nan, 1.0, -np.inf, 2.0], [1.0, -1.0, 1.0, np.inf], [1.0, 0.0, 1.0, 1.0]], "f4")
+@pytest.mark.parametrize("activation", fastbn.runtime.activations())
+def test_nan_and_infinity_through_activations(isa, order, activation):
+    """And the kinks: NaN stays NaN, infinity is a number like others."""
+    x = np.array([[np.nan, 1.0, -np.inf, 2.0], [1.0, -1.0, 6.0, np.inf], [-3.0, 0.0, 3.0, 1.0]], "f4")
     x = MEMORY_ORDERS[order](x, 1)
     statistics = {"running_mean": np.zeros(4), "running_var": np.ones(4), "training": False}
     with fastbn.runtime.isa(isa):
-        y, cache = fastbn.batchnorm_forward(x, eps=0.0, activation="relu", **statistics)
+        y, cache = fastbn.batchnorm_forward(x, eps=0.0, activation=activation, **statistics)
         dx, _, _ = fastbn.batchnorm_backward(np.ones_like(x), cache)
-    np.testing.assert_array_equal(y, np.where(x < 0, 0, x))
-    np.testing.assert_array_equal(dx, np.where(x <= 0, 0, 1))
+    expected, reference = fastbn.reference.batchnorm_forward(x, eps=0.0, activation=activation, **statistics)
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+    np.testing.assert_allclose(dx, fastbn.reference.batchnorm_backward(np.ones(x.shape), reference).dx, rtol=1e-6)

@@ -130,6 +130,18 @@ def test_inputs_are_never_modified(arrays):
     assert [array.tobytes() for array in inputs] == before
 
 
+def test_out_must_not_be_a_residual_that_backward_needs(arrays):
+    """The gradient of hardswish is a function of x and the residual; that of relu of a bit."""
+    x, residual, dy = arrays
+    _y, cache = fastbn.batchnorm_forward(x, GAMMA, BETA, residual=residual, activation="hardswish")
+    assert cache.nbytes >= x.nbytes + residual.nbytes
+    with pytest.raises(fastbn.AliasError, match="out"):
+        fastbn.batchnorm_forward(x, GAMMA, BETA, residual=residual, activation="hardswish", out=residual)
+    with pytest.raises(fastbn.AliasError, match="out"):
+        fastbn.batchnorm_backward(dy, cache, out=residual)
+    fastbn.batchnorm(x, GAMMA, BETA, residual=residual, activation="hardswish", out=residual)
+
+
 def test_out_of_an_empty_batch_is_returned():
     x = np.zeros((0, 4), np.float32)
     out = np.zeros((0, 4), np.float32)

@@ -90,8 +90,8 @@ def test_reference_backward_agrees_with_central_differences(activation, residual
 def test_reference_relu_keeps_nan_and_passes_its_gradient():
     v = np.array([-math.inf, -1.0, -0.0, 0.0, 1.0, math.inf, math.nan])
     forward, slope = reference.ACTIVATIONS["relu"]
-    np.testing.assert_array_equal(forward(v), [0, 0, 0, 0, 1, math.inf, math.nan])
-    np.testing.assert_array_equal(slope(v), [0, 0, 0, 0, 1, 1, 1])
+    np.testing.assert_array_equal(forward(v, 0.01), [0, 0, 0, 0, 1, math.inf, math.nan])
+    np.testing.assert_array_equal(slope(v, 0.01), [0, 0, 0, 0, 1, 1, 1])
 
 
 def test_reference_merge_equals_statistics_of_both():

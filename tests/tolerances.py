@@ -58,7 +58,7 @@ def forward_atol(
     rounding of scale and the product: 4 u scaled. Rounding beta: u |beta|. Two additions: u (scaled + |beta|) and u
     (scaled + |beta| + |residual|). Together at most u (6 scaled + 3 |beta| + |residual|). The statistics add half of
     the relative error of the variance and the error of the mean over std; a mean split in two floats of 24 bits has
-    48 bits, so it is off by 2^-48 |mean| at most. An activation with slope at most 1 adds nothing.
+    48 bits, so it is off by 2^-48 |mean| at most.
     """
     scaled, beta, residual = (np.abs(np.asarray(value, np.float64)) for value in (scaled, beta, residual))
     u = unit_roundoff(dtype)
@@ -74,6 +74,24 @@ def forward_atol(
     total = total + mean * max(float(largest), 1.0) + variance * scaled
     rounded = scaled + beta + residual
     return total + storing(dtype) * rounded + float(finfo(dtype).smallest_subnormal)
+
+
+# relu and relu6 choose among exact values. The others compute: a sum, two products and a rounded constant at most, of
+# numbers up to max(|y|, 1); and none is steeper than this.
+EXACT_ACTIVATIONS = ("identity", "relu", "relu6")
+STEEPEST = 1.5
+
+
+def activation_atol(dtype: npt.DTypeLike, activation: str, v_atol: Any, y: Any) -> Any:
+    """Error allowed to y = activation(v), given that of v."""
+    if activation in EXACT_ACTIVATIONS:
+        return v_atol
+    return STEEPEST * v_atol + (4 * unit_roundoff(dtype) + storing(dtype)) * np.maximum(np.abs(y), 1)
+
+
+def gradient_rounding(dtype: npt.DTypeLike, activation: str) -> float:
+    """Error of g = dy * slope(v), relative to the largest |dy|: likewise."""
+    return 0.0 if activation in EXACT_ACTIVATIONS else STEEPEST * 4 * unit_roundoff(dtype)
 
 
 def dx_atol(dtype: npt.DTypeLike, largest: float) -> float:
