@@ -45,6 +45,7 @@ cdef extern from "fastbn.h" nogil:
         int activation
         double negative_slope
         int training, stream
+        int64_t ahead
 
     ctypedef struct fastbn_copy2d:
         int64_t rows, columns

@@ -83,16 +83,20 @@ cdef enum:
     PACKED_VALUES = FASTBN_PLANAR_BLOCK
     # Columns of a group where interleaved rows are wide; at most PACKED_VALUES.
     GROUP_COLUMNS = 1024
-    # Bytes of x in a unit of planar channels. All three steps: with y (or dy and dx) it fits an L2 cache of half a
+    # Bytes of x in a unit of planar channels. All three steps: with y (or dy and dx) it fits an L2 cache of a
     # megabyte. One step: long pieces of memory, enough units for all threads.
-    UNIT_BYTES = 128 << 10
+    UNIT_BYTES = 192 << 10
     PHASE_UNIT_BYTES = 512 << 10
     # Ranges of units that a thread gets on average: enough to even out, few enough to cost nothing.
     TASKS_PER_THREAD = 4
     # Sums that one thread finishes while others would still wake up.
     SERIAL_SUMS = 8192
+    # Bytes of a run below which the runs of a group are mapped as one row.
+    FLAT_BYTES = 512
     # Bytes of a run from which map and reduce go side by side.
     BESIDE_BYTES = 2 << 10
+    # Bytes of scratch that are kept for the next call.
+    SPARE_BYTES = 4 << 20
     # Bytes of y from which stores go past the caches.
     STREAM_BYTES = 32 << 20
 
@@ -166,6 +170,7 @@ cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t
     b.negative_slope = job.negative_slope
     b.training = job.training
     b.stream = job.stream
+    b.ahead = 0
     b.plane = job.width
     b.coefficients = job.coefficients + channel * job.kernels.coefficient_size
     b.x_shift = job.x_shift + channel
@@ -247,6 +252,8 @@ cdef void run_planar(Job *job, fastbn_kernel *kernel, int thread, int64_t channe
         b.coefficients = job.spread + thread * job.spread_size
         b.plane = job.group * job.inner
         b.columns *= channels
+        if job.by_channel:
+            b.ahead = b.columns * job.kernels.itemsize
         job.map_flat(&b)
         return
     if not job.packed:
@@ -464,7 +471,7 @@ cdef void cut(Job *job) noexcept nogil:
     job.width = job.fold * job.channels
     job.packed = (is_strided(job, &job.x) or is_strided(job, &job.residual) or is_strided(job, &job.dy)
                   or is_strided(job, &job.y) or is_strided(job, &job.dx) or is_strided(job, &job.dresidual))
-    job.flat = (job.planar and not job.packed and job.mask == NULL and job.inner * job.kernels.itemsize < BESIDE_BYTES
+    job.flat = (job.planar and not job.packed and job.mask == NULL and job.inner * job.kernels.itemsize < FLAT_BYTES
                 and is_dense(job, &job.x) and is_dense(job, &job.residual) and is_dense(job, &job.dy)
                 and is_dense(job, &job.y) and is_dense(job, &job.dx) and is_dense(job, &job.dresidual))
     job.segments = 1
@@ -557,16 +564,49 @@ cdef void run_in_phases(Job *job) noexcept nogil:
         phase(job, map_units, job.map_units, job.threads)
 
 
+cdef extern from * nogil:
+    """
+    /* The scratch of the call before, for the next: one that takes it owns it. Its size stands at its start. */
+    static char *fastbn_spare;
+    static char *fastbn_swap_spare(char *scratch)
+    {
+        return __atomic_exchange_n(&fastbn_spare, scratch, __ATOMIC_ACQ_REL);
+    }
+    """
+    char *fastbn_swap_spare(char *scratch)
+
+
+cdef char *take_scratch(int64_t size) noexcept nogil:
+    """At least so many bytes; NULL if there is no memory. A call like the one before allocates nothing."""
+    cdef char *scratch = fastbn_swap_spare(NULL)
+    cdef void *memory = NULL
+    if scratch == NULL or (<int64_t *>scratch)[0] < size:
+        free(scratch)
+        if posix_memalign(&memory, FASTBN_ALIGNMENT, FASTBN_ALIGNMENT + size) != 0:
+            return NULL
+        scratch = <char *>memory
+        (<int64_t *>scratch)[0] = size
+    return scratch + FASTBN_ALIGNMENT
+
+
+cdef void leave_scratch(char *scratch) noexcept nogil:
+    scratch -= FASTBN_ALIGNMENT
+    if (<int64_t *>scratch)[0] <= SPARE_BYTES:
+        scratch = fastbn_swap_spare(scratch)
+    free(scratch)
+
+
 cdef bint run(Job *job) noexcept nogil:
     """Carry the job out. False if there was no memory for the scratch: then nothing has been written."""
-    cdef void *memory = NULL
+    cdef char *scratch
     cut(job)
-    if posix_memalign(&memory, FASTBN_ALIGNMENT, lay_out(job, NULL)) != 0:
+    scratch = take_scratch(lay_out(job, NULL))
+    if scratch == NULL:
         return False
-    lay_out(job, <char *>memory)
+    lay_out(job, scratch)
     if job.by_channel:
         phase(job, whole_groups, job.groups, job.threads)
     else:
         run_in_phases(job)
-    free(memory)
+    leave_scratch(scratch)
     return True

@@ -59,8 +59,9 @@ typedef struct fastbn_block {
     int64_t plane;
     int activation; /* row of activations.def */
     double negative_slope;
-    int training; /* backward_apply: whether mean and variance depend on x */
-    int stream;   /* apply and backward_apply: store past the caches */
+    int training;  /* backward_apply: whether mean and variance depend on x */
+    int stream;    /* apply and backward_apply: store past the caches */
+    int64_t ahead; /* interleaved: ask the L2 cache for what is read so many bytes behind; 0: for nothing */
 } fastbn_block;
 
 /* A strided copy of a matrix. Strides in bytes. */
