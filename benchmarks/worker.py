@@ -59,8 +59,8 @@ class Worker:
             return {"wrong": wrong}
         gc.collect()
         seconds = self._time(1)
-        if seconds < target:
-            seconds = statistics.median(self._time(1) for _ in range(3))
+        if seconds < 10 * target:  # the first calls wake threads, which may take the system's clock tick
+            seconds = min(self._time(1) for _ in range(5))
         self.calls = max(1, min(MOST_CALLS, round(target / max(seconds, 1e-9))))
         return {"calls": self.calls}
 
@@ -85,14 +85,15 @@ class Worker:
     def _time(self, calls: int) -> float:
         call = self.call
         assert call is not None
-        rounds = range(calls)
-        start = time.perf_counter()
-        for _ in rounds:
+        times = []
+        for _ in range(calls):
+            start = time.perf_counter()
             call()
-        return (time.perf_counter() - start) / calls
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
 
     def sample(self) -> dict[str, Any]:
-        """Seconds per call, after calls that wake the threads and bring the caches into the state of this contender."""
+        """Seconds of the median call, after others that wake the threads and bring the caches into their usual state."""
         self._time(max(1, self.calls // 4))
         return {"seconds": self._time(self.calls)}
 

@@ -393,7 +393,7 @@ cdef void finish_redone(Job *job, int thread, int64_t first, int64_t last) noexc
 
 cdef void whole_groups(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
     """All three steps for a range of groups of planar channels, group by group."""
-    cdef int64_t group, channel, channels, block
+    cdef int64_t group, channel, channels, block, i
     cdef bint mapping
     cdef fastbn_block mapped, reduced
     for group in range(first, last):
@@ -401,7 +401,9 @@ cdef void whole_groups(Job *job, int thread, int64_t first, int64_t last) noexce
         channels = min(job.group, job.channels - channel)
         shift_channels(job, thread, channel, channel + channels)
         mapping = group > first and job.map != NULL
-        for block in range(job.blocks):
+        for i in range(job.blocks):
+            # There and back: map begins with what reduce of the same channels has read last.
+            block = job.blocks - 1 - i if (group - first) % 2 else i
             reduced = planar_block(job, channel, channels, block, False)
             if mapping and job.beside:
                 mapped = planar_block(job, channel - job.group, job.group, block, True)
@@ -416,7 +418,8 @@ cdef void whole_groups(Job *job, int thread, int64_t first, int64_t last) noexce
                 run_planar(job, job.reduce, thread, channel, channels, block, False)
             finish_redone(job, thread, channel, channel + channels)
     if job.map != NULL:
-        for block in range(job.blocks - 1, -1, -1):
+        for i in range(job.blocks):
+            block = i if (last - 1 - first) % 2 else job.blocks - 1 - i
             run_planar(job, job.map, thread, channel, channels, block, True)
 
 
