@@ -1,7 +1,8 @@
 """Results to tables and pictures: python benchmarks/report.py benchmarks/results/A.json [B.json ...].
 
 The tables replace what stands between ``<!-- benchmarks NAME -->`` and ``<!-- /benchmarks NAME -->`` in README.md and
-docs/benchmarks.md; the pictures go to docs/pictures. Nothing is copied by hand.
+docs/benchmarks.md; the pictures go to docs/pictures. Nothing is copied by hand. ``<!-- benchmarks NAME FILE -->`` is
+the table of one file in benchmarks/results, whatever the command line says.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pictures
 from results import LIMITS, Group, Result, Results, by_network, limit_of, load_all, paired, shares, totals
 
 ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "benchmarks" / "results"
 # networks whose totals stand in the README
 README_NETWORKS = ("resnet50", "bn_inception")
 
@@ -153,13 +155,14 @@ def fill(text: str, results: Results) -> tuple[str, int]:
 
     def replace(match: re.Match[str]) -> str:
         nonlocal count
-        name = match[1]
+        name, _, file = match[1].partition(" ")
         if name not in TABLES:
             raise ValueError(f"no table named {name!r}; there are {', '.join(TABLES)}")
         count += 1
-        return f"<!-- benchmarks {name} -->\n\n{TABLES[name](results)}\n\n<!-- /benchmarks {name} -->"
+        source = Results.load(FOLDER / file) if file else results
+        return f"<!-- benchmarks {match[1]} -->\n\n{TABLES[name](source)}\n\n<!-- /benchmarks {match[1]} -->"
 
-    pattern = r"<!-- benchmarks (\w+) -->.*?<!-- /benchmarks \1 -->"
+    pattern = r"<!-- benchmarks ([\w. ]+?) -->.*?<!-- /benchmarks \1 -->"
     return re.sub(pattern, replace, text, flags=re.S), count
 
 

@@ -93,7 +93,7 @@ class Worker:
         return statistics.median(times)
 
     def sample(self) -> dict[str, Any]:
-        """Seconds of the median call, after others that wake the threads and bring the caches into their usual state."""
+        """Seconds of the median call, after others that wake the threads and bring the caches as they are in use."""
         self._time(max(1, self.calls // 4))
         return {"seconds": self._time(self.calls)}
 

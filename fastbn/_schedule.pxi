@@ -93,6 +93,8 @@ cdef enum:
     SERIAL_SUMS = 8192
     # Bytes of a run below which the runs of a group are mapped as one row.
     FLAT_BYTES = 512
+    # Columns of such a row.
+    FLAT_COLUMNS = 1024
     # Bytes of a run from which map and reduce go side by side.
     BESIDE_BYTES = 2 << 10
     # Bytes of scratch that are kept for the next call.
@@ -490,8 +492,9 @@ cdef void cut(Job *job) noexcept nogil:
         values = job.outer * job.inner if job.by_channel else job.rows_per_block * min(job.inner, planar_block)
         unit = UNIT_BYTES if job.by_channel else PHASE_UNIT_BYTES
         job.group = max(1, min(unit // (values * job.kernels.itemsize), job.channels // job.threads))
-        if job.flat:  # rows of whole vectors
+        if job.flat:  # rows of whole vectors, whose coefficients stay in the L1 cache
             whole = FASTBN_LANES // gcd(job.inner, FASTBN_LANES)
+            job.group = max(1, min(job.group, FLAT_COLUMNS // job.inner))
             if job.group > whole:
                 job.group -= job.group % whole
         job.groups = ceil_div(job.channels, job.group)

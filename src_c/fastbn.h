@@ -33,7 +33,8 @@ enum {
     FASTBN_MEAN_LO,
     FASTBN_SCALE,
     FASTBN_BETA,
-    FASTBN_GRADIENT_HI, /* mean of g, split like the mean of x */
+    FASTBN_FORWARD_PLANES,
+    FASTBN_GRADIENT_HI = FASTBN_FORWARD_PLANES, /* mean of g, split like the mean of x */
     FASTBN_GRADIENT_LO,
     FASTBN_SLOPE, /* rstd^2 * mean(g * (x - mean)) */
     FASTBN_PLANES
