@@ -162,7 +162,7 @@ def fill(text: str, results: Results) -> tuple[str, int]:
         source = Results.load(FOLDER / file) if file else results
         return f"<!-- benchmarks {match[1]} -->\n\n{TABLES[name](source)}\n\n<!-- /benchmarks {match[1]} -->"
 
-    pattern = r"<!-- benchmarks ([\w. ]+?) -->.*?<!-- /benchmarks \1 -->"
+    pattern = r"<!-- benchmarks ([\w. -]+?) -->.*?<!-- /benchmarks \1 -->"
     return re.sub(pattern, replace, text, flags=re.S), count
 
 
