@@ -156,8 +156,9 @@ def test_benchmarks_pages_have_marks_for_existing_tables_only(suite, measured):
     from report import fill
     from results import Results
 
-    _, count = fill((ROOT / "docs" / "benchmarks.md").read_text(), Results.load(measured[0]))
-    assert count == 5
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    _, count = fill(page, Results.load(measured[0]))
+    assert count == page.count("<!-- benchmarks ") >= 5
 
 
 def test_benchmarks_compare_names_what_is_slower(measured, tmp_path):
