@@ -34,7 +34,7 @@ test: $(VENV)/.test  ## build the sdist, the wheel from it, and run all tests on
 asan: $(VENV)/.test  ## the tests of kernels and arguments on a build with the address and undefined-behaviour sanitizers
 	FASTBN_SANITIZE=address,undefined $(PIP) install --upgrade --no-deps --target build/asan .
 	PYTHONPATH=build/asan LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 $(BIN)/pytest -n 2 $(ASAN_TESTS)
+	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=halt_on_error=1 $(BIN)/pytest -n 2 $(ASAN_TESTS)
 
 lint: export FASTBN_WERROR ?= 1
 lint: $(VENV)/.lint  ## formats, style and types of Python, Cython, C
