@@ -11,6 +11,7 @@ from .errors import (
     ShapeError,
     SingleValueError,
 )
+from .folding import fold_into_conv
 from .functional import (
     BatchNormCache,
     Gradients,
@@ -58,6 +59,7 @@ __all__ = [
     "batchnorm_stats",
     "cache_info",
     "empty_cache",
+    "fold_into_conv",
     "get_num_threads",
     "memory",
     "reference",
