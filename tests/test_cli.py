@@ -61,6 +61,9 @@ BAD = [
     ("train --checkpoint {tmp}/missing/state", "--checkpoint: cannot write"),
     ("train --checkpoint {tmp}/file/state", "Not a directory"),
     ("train --checkpoint {tmp}", "is a directory"),
+    ("experiment", "the following arguments are required: NAME"),
+    ("experiment fly", "invalid choice: 'fly'"),
+    ("experiment all --seeds 0", "--seeds: expected a whole number of at least 1, got '0'"),
     ("bench --json {tmp}/missing/bench.json", "--json: cannot write"),
     ("bench --num-threads zero", "--num-threads: expected a whole number from 1 to "),
     ("bench --quick yes", "unrecognized arguments: yes"),
@@ -76,6 +79,7 @@ BAD_WITH_EXTRA = [
     ("train --resume {tmp}", "cannot be read: "),
     ("train --resume {tmp}/file", "damaged, or not a safetensors file"),
     ("train --resume ", "cannot be read: "),
+    ("experiment cost --output {tmp}/new --data {tmp}/missing", "missing: no such folder"),
 ]
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 import fastbn
 from fastbn.cli.arguments import THREADS, output
+from fastbn.nn.plain import numpy_backward, numpy_forward, numpy_inference
 
 Array = NDArray[Any]
 
@@ -57,25 +58,6 @@ def median_seconds(contenders: Sequence[Callable[[], object]], repeats: int) -> 
                 contender()
             results.append((time.perf_counter() - start) / calls)
     return [statistics.median(results) for results in times]
-
-
-def numpy_forward(x: Array, gamma: Array, beta: Array, axes: tuple[int, ...], eps: float = 1e-5) -> Array:
-    mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
-    return numpy_inference(x, gamma, beta, mean, var, eps)
-
-
-def numpy_inference(x: Array, gamma: Array, beta: Array, mean: Array, var: Array, eps: float = 1e-5) -> Array:
-    y: Array = (x - mean) * (gamma / np.sqrt(var + eps)) + beta
-    return y
-
-
-def numpy_backward(dy: Array, x: Array, gamma: Array, mean: Array, rstd: Array, axes: tuple[int, ...]) -> Array:
-    count = x.size // gamma.size
-    normalized = (x - mean) * rstd
-    dbeta = dy.sum(axes, keepdims=True)
-    dgamma = (dy * normalized).sum(axes, keepdims=True)
-    dx: Array = (gamma * rstd) * (dy - dbeta / count - normalized * (dgamma / count))
-    return dx
 
 
 def bench_shape(shape: tuple[int, ...], axis: int, repeats: int) -> dict[str, tuple[int, list[float]]]:

@@ -200,12 +200,12 @@ def cnn2d(build: Builder) -> Sequential:
     return Sequential(*build.block(C, 32, 3, padding=1), Flatten(), build.linear(32 * H * W))
 
 
-def mlp(build: Builder, activation: Callable[[], LayerLike], std: float) -> Sequential:
-    """Three hidden layers of 100 units; weights from a normal distribution of standard deviation `std`, no biases at
+def mlp(build: Builder, activation: Callable[[], LayerLike], std: float, depth: int) -> Sequential:
+    """`depth` hidden layers of 100 units; weights from a normal distribution of standard deviation `std`, no biases at
     first."""
     layers: list[LayerLike] = [Flatten()]
     inputs = int(np.prod(build.input_shape))
-    for _ in range(3):
+    for _ in range(depth):
         layers.append(build.linear(inputs, 100))
         layers += [fastbn.BatchNorm1d(100, dtype=build.dtype)] if build.batch_norm else []
         layers.append(activation())
@@ -219,18 +219,18 @@ def mlp(build: Builder, activation: Callable[[], LayerLike], std: float) -> Sequ
 
 
 @network(1, 28, 28)
-def mlp_sigmoid(build: Builder, std: float = 0.1) -> Sequential:
-    """Three hidden layers of 100 sigmoid units: Ioffe and Szegedy 2015, section 4.1 (figure 1).
+def mlp_sigmoid(build: Builder, std: float = 0.1, depth: int = 3) -> Sequential:
+    """Hidden layers of 100 sigmoid units, 3 by default: Ioffe and Szegedy 2015, section 4.1 (figure 1).
 
     Its weights are "small random Gaussian values"; their standard deviation `std` is ours.
     """
-    return mlp(build, Sigmoid, std)
+    return mlp(build, Sigmoid, std, depth)
 
 
 @network(1, 28, 28)
-def mlp_relu(build: Builder, std: float = 0.1) -> Sequential:
+def mlp_relu(build: Builder, std: float = 0.1, depth: int = 3) -> Sequential:
     """`mlp_sigmoid` with relu."""
-    return mlp(build, ReLU, std)
+    return mlp(build, ReLU, std, depth)
 
 
 @network(3, 32, 32)
