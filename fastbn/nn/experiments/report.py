@@ -22,15 +22,16 @@ INTRODUCTION = """\
 What articles and papers say about batch normalization (BN), measured. Each experiment trains networks of `fastbn.nn`
 with several seeds; a seed decides the images, the initial weights and their order. Lines in the pictures are medians
 over the seeds, shaded from the lowest to the highest. A claim holds if the median meets a criterion that was fixed
-before; what does not hold is listed as such. "Points" are percentage points of accuracy on test images, in evaluation
-mode unless stated.
+before; what does not hold is listed as such. "Points" are percentage points of accuracy on test images. Where "best"
+learning rates are compared, they are best on the test images, with and without BN alike.
 
-This page and its pictures are made from the JSON files beside them, by the command that measures what is missing there:
+This page and its pictures are made from the JSON files in the folder `{folder}` beside it, by the command that measures
+what is missing there:
 
     fastbn experiment all --output {folder}
 
 `--quick` is the same on small digits with one seed: it shows that everything works, and judges nothing. The sizes of
-all that was trained are below each picture; the whole took {minutes:.0f} minutes of one core.
+all that was trained are below each picture. The whole took {minutes:.0f} minutes of one core ({machine}).
 """
 
 
@@ -101,7 +102,7 @@ def draw(experiment: Experiment, record: Record, path: Path) -> None:
     from matplotlib.figure import Figure
 
     count = len(experiment.panels)
-    figure = Figure(figsize=(1 + 4.5 * count, 3.6), dpi=80, layout="constrained")
+    figure = Figure(figsize=(1 + 4.5 * count, 3.6), dpi=72, layout="constrained")
     for i, axes in enumerate(figure.subplots(1, count, squeeze=False)[0]):
         draw_panel(axes, experiment.panels[i], [run["curves"][i] for run in record["runs"].values()])
     content = io.BytesIO()
@@ -149,8 +150,9 @@ def page(found: Sequence[tuple[Experiment, Record]], folder: str) -> str:
         for experiment, record in found
         for row in verdict_rows(experiment, record)
     ]
+    machines = dict.fromkeys(", ".join(f"{k} {v}" for k, v in record["machine"].items()) for _, record in found)
     parts = [
-        INTRODUCTION.format(folder=folder, minutes=minutes),
+        INTRODUCTION.format(folder=folder, minutes=minutes, machine="; ".join(machines)),
         table(["experiment", "criterion", "threshold", "median (lowest to highest)", "verdict"], rows),
         *(section(experiment, record, folder) for experiment, record in found),
     ]
