@@ -33,7 +33,7 @@ WU = "Wu and Johnson 2021, arXiv:2105.07576"
 STEPS = ("training steps", "test accuracy")
 BATCH_NORM = {"with BN": True, "without BN": False}
 MLP = {"images": 10_000, "test_images": 2_000, "batch_size": 60}
-CNN = {"images": 2_000, "test_images": 2_000, "batch_size": 64, "momentum": 0.9}
+CNN = {"images": 2_000, "test_images": 2_000, "batch_size": 64, "momentum": 0.9, "schedule": "cosine"}
 
 EXPERIMENTS: dict[str, Experiment] = {}
 
@@ -57,7 +57,7 @@ def experiment(**description: Any) -> Callable[[Callable[..., Result]], Callable
         Criterion("best", "the same, each at its best learning rate", ">=", 3),
     ],
     panels=[Panel("Equal learning rate", *STEPS), Panel("Each at its best learning rate", *STEPS)],
-    setting=MLP | {"steps": 2500, "points": 100, "target": 0.8, "equal_lr": 0.5, "lrs": [0.2, 0.5, 1, 2]},
+    setting=MLP | {"steps": 2000, "points": 80, "target": 0.8, "equal_lr": 0.5, "lrs": [0.5, 1, 2]},
     quick={"images": 1400, "steps": 1000, "points": 40, "target": 0.9, "lrs": [0.5, 1]},
 )
 def fewer_steps(
@@ -93,10 +93,9 @@ def fewer_steps(
         Criterion("x30_without", "without BN at rate x30, accuracy, percent", "<=", 20),
     ],
     panels=[Panel("With BN", *STEPS), Panel("Without BN", *STEPS)],
-    setting={
-        **{"images": 4_000, "test_images": 1_000, "batch_size": 32, "momentum": 0.9},
-        **{"steps": 240, "points": 8, "lr": 0.01, "factors": [1, 5, 30]},
-    },
+    setting=CNN
+    | {"images": 4_000, "test_images": 1_000, "batch_size": 32, "steps": 240, "points": 8, "lr": 0.01}
+    | {"factors": [1, 5, 30]},
     quick={"images": 300, "test_images": 100, "steps": 10, "points": 2},
 )
 def learning_rate(data: Dataset, seed: int, *, lr: float, factors: Sequence[float], **options: Any) -> Result:
@@ -130,7 +129,7 @@ def learning_rate(data: Dataset, seed: int, *, lr: float, factors: Sequence[floa
         Criterion("deep", "6 hidden layers, each at its best learning rate: the same", ">=", 50),
     ],
     panels=[Panel("3 hidden layers, learning rate 0.05", *STEPS), Panel("6 hidden layers, best learning rate", *STEPS)],
-    setting=MLP | {"steps": 2000, "points": 20, "lrs": [0.05, 0.5, 2]},
+    setting=MLP | {"steps": 1500, "points": 15, "lrs": [0.05, 0.5, 2]},
     quick={"images": 1400, "steps": 500, "points": 10},
 )
 def sigmoid(data: Dataset, seed: int, *, lrs: Sequence[float], **options: Any) -> Result:

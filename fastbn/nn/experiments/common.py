@@ -16,14 +16,25 @@ from fastbn.nn.experiments.protocol import Curve
 from fastbn.nn.inference import evaluate
 from fastbn.nn.layers import Array, Layer, LayerLike, Sequential, walk
 from fastbn.nn.loss import softmax_cross_entropy
-from fastbn.nn.optim import SGD
+from fastbn.nn.optim import SCHEDULES, SGD, Schedule, constant
 
 
 def training(
-    model: LayerLike, data: Dataset, seed: int, *, lr: float, batch_size: int, momentum: float = 0.0
+    model: LayerLike,
+    data: Dataset,
+    seed: int,
+    *,
+    lr: float,
+    batch_size: int,
+    momentum: float = 0.0,
+    schedule: Schedule = constant,
 ) -> Iterator[float]:
-    """Train for as long as the caller asks for the loss of another step; the end if that is not finite."""
+    """Train for as long as the caller asks for the loss of another step; the end if that is not finite.
+
+    `schedule` gives the factor of the learning rate after so many steps.
+    """
     rng, optimizer = np.random.default_rng(seed), SGD(model, lr, momentum)
+    counter = itertools.count()
     while True:
         for batch in np.array_split(rng.permutation(len(data.x_train)), math.ceil(len(data.x_train) / batch_size)):
             model.train()
@@ -31,6 +42,7 @@ def training(
             if not math.isfinite(loss):
                 return
             model.backward(dlogits)
+            optimizer.lr = lr * schedule(next(counter))
             optimizer.step()
             yield loss
 
@@ -44,10 +56,12 @@ def learn(
     steps: int,
     batch_size: int,
     momentum: float = 0.0,
+    schedule: str = "constant",
     points: int = 20,
 ) -> Curve:
     """Test accuracy at `points` equal distances of `steps` steps. A network that has diverged answers at chance."""
-    run = training(model, data, seed, lr=lr, batch_size=batch_size, momentum=momentum)
+    factor = SCHEDULES[schedule](steps)
+    run = training(model, data, seed, lr=lr, batch_size=batch_size, momentum=momentum, schedule=factor)
     at = [steps * (i + 1) // points for i in range(points)]
     accuracy = []
     for start, end in itertools.pairwise([0, *at]):
