@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _core, _layout, runtime
-from .errors import AliasError, ArgumentError, DeviceError, DTypeError, ReadOnlyError, ShapeError, SingleValueError
+from .errors import AliasError, ArgumentError, DTypeError, ReadOnlyError, ShapeError, SingleValueError
 
 Array: TypeAlias = npt.NDArray[Any]
 Vectors: TypeAlias = tuple[Array | None, Array | None, Array | None, Array | None]
@@ -54,12 +54,15 @@ def _remembered(check: Callable[..., Result]) -> Callable[..., Result]:
 # Plain values
 
 
-def device(value: Any) -> None:
-    """Only the CPU, in this version."""
+def device(value: Any) -> bool:
+    """Whether to compute on the GPU, which must be usable."""
     if isinstance(value, str) and value == "cpu":
-        return
+        return False
     if isinstance(value, str) and value in DEVICES:
-        raise DeviceError(f"device: the {value!r} backend is not installed in this version of fastbn; use device='cpu'")
+        from . import cuda
+
+        cuda.require()
+        return True
     raise ArgumentError(f"device: expected one of {_listed(DEVICES)}, got {value!r}")
 
 
@@ -162,12 +165,25 @@ def options(
 # x and its axes
 
 
+def is_on_gpu(value: Any) -> bool:
+    """Whether a value is an array in the memory of a GPU."""
+    try:
+        return hasattr(value, "__cuda_array_interface__")
+    except RuntimeError:  # PyTorch's answer for a tensor that records gradients; one on the CPU has no such attribute
+        return True
+
+
 def array(name: str, value: Any) -> Array:
     """Any array_like as a plain ndarray, without copying one."""
     if type(value) is np.ndarray:
         return value
     if isinstance(value, np.ma.MaskedArray):
         raise ArgumentError(f"{name}: expected an array without a mask, got a masked array; its mask would be ignored")
+    if is_on_gpu(value):
+        raise ArgumentError(
+            f"{name}: expected a NumPy array or what converts to one, got {type(value).__name__} on the GPU; pass "
+            "device='cuda' and all arrays on the GPU, or move it to the host"
+        )
     try:
         return np.asarray(value)
     except ValueError as error:
