@@ -18,13 +18,23 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _core, _layout, runtime
-from .errors import AliasError, ArgumentError, DeviceError, DTypeError, ReadOnlyError, ShapeError, SingleValueError
+from .errors import (
+    AliasError,
+    ArgumentError,
+    DeviceError,
+    DTypeError,
+    NonFiniteError,
+    ReadOnlyError,
+    ShapeError,
+    SingleValueError,
+)
 
 Array: TypeAlias = npt.NDArray[Any]
 Vectors: TypeAlias = tuple[Array | None, Array | None, Array | None, Array | None]
 Result = TypeVar("Result")
 
 DEVICES = ("cpu", "cuda")
+NAN_GUARDS = ("propagate", "skip", "raise")
 NEGATIVE_SLOPE = 0.01  # of leaky_relu, as in PyTorch
 # For np.shares_memory, whose worst case is exponential; its stub knows two values only.
 _MAX_WORK: Any = 10_000
@@ -126,6 +136,13 @@ def training(value: Any, has_mean: bool, has_var: bool) -> bool:
     return use_batch
 
 
+def nan_guard(value: Any) -> str:
+    """What running statistics do with a batch whose own are not finite."""
+    if isinstance(value, str) and value in NAN_GUARDS:
+        return value
+    raise ArgumentError(f"nan_guard: expected one of {_listed(NAN_GUARDS)}, got {value!r}")
+
+
 def num_threads(value: Any) -> int | None:
     """None or a number of threads."""
     return None if value is None else runtime.check_num_threads(value)
@@ -139,12 +156,13 @@ class Options(NamedTuple):
     momentum: float
     eps: float
     unbiased: bool
+    nan_guard: str
     activation: tuple[int, float]
 
 
 @_remembered
 def options(
-    has_mean: bool, has_var: bool, use_batch: Any, weight: Any, epsilon: Any, corrected: Any, fused: Any
+    has_mean: bool, has_var: bool, use_batch: Any, weight: Any, epsilon: Any, corrected: Any, guard: Any, fused: Any
 ) -> Options:
     """All of them; whether there are running statistics decides what `training` may be."""
     use_batch = training(use_batch, has_mean, has_var)
@@ -154,6 +172,7 @@ def options(
         momentum=momentum(weight),
         eps=eps(epsilon, use_batch),
         unbiased=boolean("unbiased", corrected),
+        nan_guard=nan_guard(guard),
         activation=activation(fused),
     )
 
@@ -266,6 +285,17 @@ def vectors(gamma: Any, beta: Any, running_mean: Any, running_var: Any, channels
         None if running_mean is None else _running("running_mean", running_mean, channels, update),
         None if running_var is None else _running("running_var", running_var, channels, update),
     )
+
+
+def finite_statistics(mean: Array, var: Array) -> None:
+    """Those of the batch; named are the first channels that are not."""
+    broken = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(var)))
+    if broken.size:
+        names = ", ".join(map(str, broken[:8])) + (", ..." if broken.size > 8 else "")
+        raise NonFiniteError(
+            f"x: expected finite statistics in every channel (nan_guard='raise'), got NaN or Inf in {broken.size} of "
+            f"{mean.size} channels: {names}"
+        )
 
 
 def companion(name: str, value: Any, x: Array) -> Array:

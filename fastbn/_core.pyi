@@ -72,11 +72,16 @@ def forward(
     training: bool,
     momentum: float,
     unbiased: bool,
+    counter: npt.NDArray[np.int64] | None,
+    finite_only: bool,
+    finite_first: bool,
 ) -> _Float64Array:
     """Write y; return the statistics.
 
-    Training takes them from x, and updates running vectors if there are some: computed in float64 and rounded once.
-    Inference takes them from the running vectors. All vectors are converted in the default floating-point mode.
+    Training takes them from x, and updates running vectors if there are some: computed in float64 and rounded once,
+    both or none, and `counter` with them. `finite_only`: not with statistics that are not finite; `finite_first`: nor
+    is y written then. Inference takes them from the running vectors. All vectors are converted in the default
+    floating-point mode.
     """
 
 def backward(

@@ -14,6 +14,7 @@ from fastbn import (
     ArgumentError,
     DeviceError,
     DTypeError,
+    NonFiniteError,
     ReadOnlyError,
     ShapeError,
     SingleValueError,
@@ -47,8 +48,8 @@ def plain(a, **options):
 
 
 def train(a, **options):
-    options = {"running_mean": a.mean, "running_var": a.var, "training": True, "out": a.out} | options
-    return fastbn.batchnorm2d(a.x, a.gamma, a.beta, **options)
+    options = {"x": a.x, "running_mean": a.mean, "running_var": a.var, "training": True, "out": a.out} | options
+    return fastbn.batchnorm2d(gamma=a.gamma, beta=a.beta, **options)
 
 
 def infer(a, **options):
@@ -173,6 +174,13 @@ TABLE = [
     ("eps-none", lambda a: plain(a, eps=None), ArgumentError, "got None"),
     ("eps-array", lambda a: plain(a, eps=np.full(3, 1e-5)), ArgumentError, "eps: expected"),
     ("unbiased-int", lambda a: train(a, unbiased=0), ArgumentError, "unbiased: expected True or False, got 0"),
+    ("nan_guard-unknown", lambda a: train(a, nan_guard="ignore"),
+     ArgumentError, "nan_guard: expected one of 'propagate', 'skip', 'raise', got 'ignore'"),
+    ("nan_guard-none", lambda a: train(a, nan_guard=None), ArgumentError, "nan_guard: expected one of"),
+    ("nan_guard-list", lambda a: train(a, nan_guard=["skip"]), ArgumentError, "got ['skip']"),
+    ("nan_guard-unused", lambda a: plain(a, nan_guard=True), ArgumentError, "nan_guard: expected one of"),
+    ("nan_guard-raise", lambda a: train(a, nan_guard="raise", x=a.x * np.float32(np.inf)),
+     NonFiniteError, "x: expected finite statistics in every channel (nan_guard='raise'), got NaN or Inf in 3 of 3"),
     ("num_threads-zero", lambda a: plain(a, num_threads=0),
      ArgumentError, "num_threads: expected an integer from 1 to"),
     ("num_threads-negative", lambda a: plain(a, num_threads=-1), ArgumentError, "got -1"),
@@ -261,6 +269,7 @@ TABLE = [
     ("layer-num_features-float", lambda a: fastbn.BatchNorm1d(3.0), ArgumentError, "num_features: expected"),
     ("layer-eps", lambda a: fastbn.BatchNorm2d(3, eps=0), ArgumentError, "eps: expected a finite number > 0"),
     ("layer-momentum", lambda a: fastbn.BatchNorm2d(3, momentum=1.5), ArgumentError, "momentum: expected"),
+    ("layer-nan_guard", lambda a: fastbn.BatchNorm2d(3, nan_guard="warn"), ArgumentError, "nan_guard: expected one of"),
     ("layer-affine", lambda a: fastbn.BatchNorm2d(3, affine=None), ArgumentError, "affine: expected True or False"),
     ("layer-track", lambda a: fastbn.BatchNorm2d(3, track_running_stats=2),
      ArgumentError, "track_running_stats: expec"),
@@ -339,6 +348,7 @@ def test_validation_accepts_the_valid_arguments(function):
         (AliasError, ValueError),
         (DTypeError, TypeError),
         (DeviceError, RuntimeError),
+        (NonFiniteError, FloatingPointError),
     ],
 )
 def test_validation_errors_are_also_built_in_ones(error, builtin):
