@@ -111,7 +111,7 @@ def activation(value: Any) -> tuple[int, float]:
     name, slope = value, NEGATIVE_SLOPE
     if isinstance(value, tuple) and len(value) == 2 and value[0] == "leaky_relu":
         name, slope = value
-        if not isinstance(slope, (float, int, np.floating, np.integer)) or not math.isfinite(slope):
+        if not math.isfinite(_real(slope)):
             raise ArgumentError(f"activation: expected a finite slope in ('leaky_relu', slope), got {value!r}")
     if name is None:
         name = runtime.activations()[0]
@@ -145,7 +145,7 @@ def nan_guard(value: Any) -> str:
 
 def num_threads(value: Any) -> int | None:
     """None or a number of threads."""
-    return None if value is None else runtime.check_num_threads(value)
+    return None if value is None else runtime.check_count("num_threads", value)
 
 
 class Options(NamedTuple):
@@ -298,6 +298,16 @@ def finite_statistics(mean: Array, var: Array) -> None:
         )
 
 
+def statistic(name: str, value: Any) -> npt.NDArray[np.float64]:
+    """Real numbers, one for each channel, as float64."""
+    vector = array(name, value)
+    if vector.ndim != 1:
+        raise ShapeError(f"{name}: expected shape (C,), got {vector.shape}")
+    if not np.can_cast(vector.dtype, np.float64, "same_kind"):
+        raise DTypeError(f"{name}: expected a dtype that converts to float64, got {vector.dtype}")
+    return vector.astype(np.float64, copy=False)
+
+
 def companion(name: str, value: Any, x: Array) -> Array:
     """residual or dy: an array of x's shape and dtype."""
     other = array(name, value)
@@ -416,9 +426,7 @@ def out_apart(
 
 def num_features(value: Any) -> int:
     """At least one channel."""
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1:
-        return int(value)
-    raise ArgumentError(f"num_features: expected an integer >= 1, got {value!r}")
+    return runtime.check_count("num_features", value, runtime.MAX_BYTES)
 
 
 def parameter_dtype(value: Any) -> np.dtype[Any]:

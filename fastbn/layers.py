@@ -201,7 +201,7 @@ class _BatchNorm:
         for name, target in own.items():
             if name not in state:
                 continue
-            values = np.asarray(state[name])
+            values = _check.array(name, state[name])
             if values.shape != target.shape:
                 raise ShapeError(f"{name}: expected shape {target.shape}, got {values.shape}")
             if not np.can_cast(values.dtype, target.dtype, "same_kind"):
