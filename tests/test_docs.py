@@ -52,7 +52,7 @@ def test_docs_named_tests_exist():
     assert not missing
     promises = re.findall(r"^\| (?!promise)(.+) \| (.*) \|$", pages["reliability.md"], re.M)
     assert len(promises) > 30
-    assert [promise for promise, tests in promises if "::test_" not in tests] == []
+    assert [promise for promise, tests in promises if "::test_" not in tests and "make " not in tests] == []
 
 
 @pytest.mark.parametrize("name", PUBLIC)
