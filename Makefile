@@ -15,7 +15,7 @@ WHEEL := $$(ls dist/fastbn-*.whl)
 SOURCES := setup.py pyproject.toml MANIFEST.in README.md LICENSE $(shell find src_c fastbn -type f \
 	! -path '*/__pycache__/*' ! -name '*.so' ! -name _build.json ! -name _core.c)
 
-.PHONY: help demo test asan lint format bench bench-quick develop clean
+.PHONY: help demo test test-long test-arm asan lint format bench bench-quick develop clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -29,6 +29,14 @@ demo: $(VENV)/.demo  ## train a CNN with and without batch normalization, draw t
 test: export FASTBN_WERROR ?= 1
 test: $(VENV)/.test  ## build the sdist, the wheel from it, and run all tests on the installed wheel
 	FASTBN_TEST_WHEEL=1 $(BIN)/pytest $(PYTEST)
+
+test-long: $(VENV)/.test  ## the tests that draw their cases at random, a hundred times as many (about half an hour)
+	FASTBN_TEST_WHEEL=1 FASTBN_TEST_LONG=1 $(BIN)/pytest $(PYTEST) $(LONG_TESTS)
+
+# setup.py, which knows how kernels are compiled, needs setuptools.
+test-arm: $(VENV)/.venv  ## the kernels on aarch64, emulated by qemu: the bits that they give here
+	$(PIP) install 'setuptools>=77'
+	$(BIN)/python tests/arm.py
 
 # The sanitizers' library must be loaded before Python; torch does not run under it, and leaks of Python are not ours.
 asan: $(VENV)/.test  ## the tests of kernels and arguments on a build with the address and undefined-behaviour sanitizers
@@ -66,8 +74,9 @@ clean:  ## remove all that make and builds have made
 	find fastbn tests benchmarks \( -name '*.so' -o -name '*.pyc' \) -delete
 
 ASAN_TESTS = $(addprefix tests/test_,$(addsuffix .py,forward backward bits guard_pages layouts inplace_and_out \
-	running_stats stats validation))
-C_FILES = $(shell find src_c -name '*.[ch]' -o -name '*.inc')
+	running_stats stats validation fuzz))
+LONG_TESTS = $(addprefix tests/test_,$(addsuffix .py,fuzz))
+C_FILES = $(shell find src_c tests -name '*.[ch]' -o -name '*.inc')
 
 # Stamps: each says that .venv holds something.
 

@@ -30,6 +30,7 @@ class Options(TypedDict, total=False):
     momentum: float
     eps: float
     unbiased: bool
+    nan_guard: str
     activation: str | tuple[str, float] | None
     residual: npt.ArrayLike | None
     out: Array | None
@@ -45,6 +46,7 @@ DEFAULTS: Options = {
     "momentum": 0.1,
     "eps": 1e-5,
     "unbiased": True,
+    "nan_guard": "propagate",
     "activation": None,
     "residual": None,
     "out": None,
@@ -156,22 +158,31 @@ def source(x: Any, options: Options) -> Any:
 
 
 def forward(
-    x: Any, gamma: npt.ArrayLike | None, beta: npt.ArrayLike | None, axis: int, keep: bool, given: Options
+    x: Any,
+    gamma: npt.ArrayLike | None,
+    beta: npt.ArrayLike | None,
+    axis: int,
+    keep: bool,
+    given: Options,
+    counter: npt.NDArray[np.int64] | None = None,
 ) -> tuple[Array, BatchNormCache | None]:
-    """Every forward function; `keep` asks for the cache. Nothing is written before all arguments have been checked."""
+    """Every forward function; `keep` asks for the cache, `counter` counts the batches that running statistics have
+    taken. Nothing is written before all arguments have been checked."""
     # Unpacked from a dictionary: passing on keyword arguments costs more than a small batch.
     merged: dict[str, Any] = {**DEFAULTS, **given}
     if len(merged) != len(DEFAULTS):
         unknown = next(name for name in merged if name not in DEFAULTS)
         raise TypeError(f"got an unexpected keyword argument {unknown!r}")
-    (mean, var, training, momentum, eps, unbiased, activation, residual, out, device, num_threads) = merged.values()
+    mean, var, training, momentum, eps, unbiased, nan_guard, activation, residual, out, device, num_threads = (
+        merged.values()
+    )
     on_gpu = _check.device(device)
     if type(x) is not np.ndarray:
         from .cuda import _device
 
-        return _device.forward(x, gamma, beta, axis, keep, merged)
-    training, update, momentum, eps, unbiased, act = _check.options(
-        mean is not None, var is not None, training, momentum, eps, unbiased, activation
+        return _device.forward(x, gamma, beta, axis, keep, merged, counter)
+    training, update, momentum, eps, unbiased, nan_guard, act = _check.options(
+        mean is not None, var is not None, training, momentum, eps, unbiased, nan_guard, activation
     )
     threads = _check.num_threads(num_threads)
     dtype, channels, per_channel, view = _layout.plan(x, axis)
@@ -204,13 +215,16 @@ def forward(
         addend = (added, added_view.strides)
     keep_mask = keep and added is not None and act[0] != _IDENTITY and not keep_added
     target = (y if buffer is None else buffer, y_strides)
+    finite_first = update and nan_guard == "raise" and buffer is not None  # else nobody sees what has been written
     if on_gpu:
         from .cuda import _host
 
         call = _host.make_call(dtype, planar, shape, act, training)
         vectors = (gamma, beta, mean, var)
-        statistics, mask = _host.forward(call, (data, strides), addend, target, keep_mask, vectors, eps)
-        if update and x.size:
+        statistics, mask = _host.forward(call, (data, strides), addend, target, keep_mask, vectors, eps, finite_first)
+        if update and x.size and (nan_guard == "propagate" or _host.moments_are_finite(statistics)):
+            if counter is not None:
+                counter += 1
             _host.update_running(mean, var, statistics, per_channel, momentum, unbiased)
     else:
         if keep_mask:
@@ -234,7 +248,12 @@ def forward(
             training,
             momentum,
             unbiased,
+            counter,
+            nan_guard != "propagate",
+            finite_first,
         )
+    if update and nan_guard == "raise":
+        _check.finite_statistics(statistics[_core.STATISTICS_MEAN], statistics[_core.STATISTICS_VAR])
     if not keep:
         return y, None
     cache = BatchNormCache()
@@ -248,10 +267,15 @@ def forward(
 
 
 def forward_with_cache(
-    x: Array, gamma: npt.ArrayLike | None, beta: npt.ArrayLike | None, axis: int, given: Options
+    x: Array,
+    gamma: npt.ArrayLike | None,
+    beta: npt.ArrayLike | None,
+    axis: int,
+    given: Options,
+    counter: npt.NDArray[np.int64] | None = None,
 ) -> tuple[Array, BatchNormCache]:
     """`forward` that keeps what backward needs."""
-    y, cache = forward(x, gamma, beta, axis, True, given)
+    y, cache = forward(x, gamma, beta, axis, True, given, counter)
     assert cache is not None
     return y, cache
 

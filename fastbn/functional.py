@@ -129,6 +129,11 @@ def batchnorm2d(
     unbiased : bool
         Whether `running_var` gets the variance times ``n / (n - 1)`` (the paper, PyTorch) or as it is (Keras, Flax,
         ONNX).
+    nan_guard : {"propagate", "skip", "raise"}
+        What running statistics do with a batch whose mean or variance is NaN or Inf in some channel. "propagate": take
+        it (as PyTorch), so that these channels are lost from then on. "skip": take nothing from such a batch, in any
+        channel, as if it had been empty; y is what it always is. "raise": `NonFiniteError`; with `out`, which is not
+        written then either, `x` is read from memory once more.
     activation : str or (str, float), optional
         One of ``fastbn.runtime.activations()``: "relu", "leaky_relu" (slope 0.01; another one as ``("leaky_relu",
         slope)``), "relu6", "hardsigmoid", "hardswish". None is "identity".
@@ -155,14 +160,15 @@ def batchnorm2d(
     ------
     ShapeError, ArgumentError, SingleValueError, ReadOnlyError, AliasError
         All are also `ValueError`. After an error nothing has been written.
-    DTypeError, DeviceError
-        Also `TypeError` and `RuntimeError`.
+    DTypeError, DeviceError, NonFiniteError
+        Also `TypeError`, `RuntimeError` and `FloatingPointError`.
 
     Notes
     -----
     Reads `x` twice and writes `y` once. Statistics are float64 and exact to the last bits of float32 for offsets up
     to a million standard deviations. NaN and Inf stay in their channel. An empty batch gives an empty result and
-    changes no state.
+    changes no state. Running statistics are written last, all or none: not by a call that fails, nor by one that an
+    interrupt (Ctrl-C) has reached before that.
 
     References
     ----------

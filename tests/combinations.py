@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,9 @@ ISAS = fastbn.runtime.available_isas()
 DTYPES = [dtype_of(name) for name in fastbn.runtime.dtypes()]
 ACTIVATIONS = fastbn.runtime.activations()
 THREADS = (1, 2, 3, 5, 8)
+
+# `make test-long` asks for more of the tests that draw their cases.
+LONG = os.environ.get("FASTBN_TEST_LONG", "0") not in ("", "0")
 
 each_isa = pytest.mark.parametrize("isa", ISAS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

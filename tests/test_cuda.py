@@ -4,6 +4,7 @@ In the simulator device memory is host memory, and a thread of Python each threa
 but for the loads and stores of `_access`, whose machine code test_cuda_machine_code.py reads.
 """
 
+import functools
 import subprocess
 import sys
 
@@ -78,7 +79,11 @@ def numpy(array, like=None):
 def close(actual, expected, dtype, scale=1.0):
     """Within a few roundings: the order of float64 sums differs, and the GPU fuses multiply and add."""
     u = unit_roundoff(dtype) + storing(dtype)
-    limit = 32 * u * max(scale, float(np.abs(np.nan_to_num(expected.astype(np.float64), posinf=0, neginf=0)).max(initial=0)))
+    limit = (
+        32
+        * u
+        * max(scale, float(np.abs(np.nan_to_num(expected.astype(np.float64), posinf=0, neginf=0)).max(initial=0)))
+    )
     difference = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
     same = (actual == expected) | ((actual != actual) & (expected != expected))
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
@@ -89,15 +94,24 @@ def both(x, dy, gamma, beta, activation, residual, running=None, training=True, 
     """Every result of forward and backward, on the CPU and on the GPU."""
     results = []
     for device in ("cpu", "cuda"):
-        running_arrays = {} if running is None else {
-            "running_mean": running[0].copy(), "running_var": running[1].copy(), "training": training
-        }
+        running_arrays = (
+            {}
+            if running is None
+            else {"running_mean": running[0].copy(), "running_var": running[1].copy(), "training": training}
+        )
         y, cache = fastbn.batchnorm_forward(
             x, gamma, beta, activation=activation, residual=residual, device=device, **running_arrays, **options
         )
         gradients = fastbn.batchnorm_backward(dy, cache)
-        found = {"y": y, "mean": cache.mean, "rstd": cache.rstd, "dx": gradients.dx, "dgamma": gradients.dgamma,
-                 "dbeta": gradients.dbeta, "dresidual": gradients.dresidual}
+        found = {
+            "y": y,
+            "mean": cache.mean,
+            "rstd": cache.rstd,
+            "dx": gradients.dx,
+            "dgamma": gradients.dgamma,
+            "dbeta": gradients.dbeta,
+            "dresidual": gradients.dresidual,
+        }
         found |= {name: array for name, array in running_arrays.items() if name != "training"}
         results.append({name: array for name, array in found.items() if array is not None})
     cpu, gpu = results
@@ -184,7 +198,9 @@ def test_cuda_statistics_are_within_two_ulp_with_an_offset(order, offset):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("hostile", ["constant", "nan", "nan-first", "inf", "minus-inf-first", "outlier-first", "huge-1e37"])
+@pytest.mark.parametrize(
+    "hostile", ["constant", "nan", "nan-first", "inf", "minus-inf-first", "outlier-first", "huge-1e37"]
+)
 def test_cuda_hostile_values_stay_in_their_channel(hostile, order):
     shape = (3, 3, 8)
     x = MEMORY_ORDERS[order](make_hostile(hostile, shape, 1, np.float32, channel=1), 1)
@@ -254,8 +270,18 @@ def test_cuda_layers():
         y = layer(x, residual)
         dx, dresidual = layer.backward(dy)
         layer.eval()
-        results.append({"y": y, "dx": dx, "dresidual": dresidual, "mean": layer.running_mean, "var": layer.running_var,
-                        "dgamma": layer.weight_grad, "dbeta": layer.bias_grad, "eval": layer(x)})
+        results.append(
+            {
+                "y": y,
+                "dx": dx,
+                "dresidual": dresidual,
+                "mean": layer.running_mean,
+                "var": layer.running_var,
+                "dgamma": layer.weight_grad,
+                "dbeta": layer.bias_grad,
+                "eval": layer(x),
+            }
+        )
     compare(*results, np.float32)
 
 
@@ -277,9 +303,15 @@ def test_cuda_arrays_on_the_gpu_stay_there(dtype, order):
         )
         expected = fastbn.batchnorm_backward(dy, cache)
         y_gpu, cache_gpu = fastbn.batchnorm_forward(
-            OnGPU(x), OnGPU(gamma), OnGPU(beta), activation=activation,
+            OnGPU(x),
+            OnGPU(gamma),
+            OnGPU(beta),
+            activation=activation,
             residual=None if added is None else OnGPU(added),
-            running_mean=on_gpu[0], running_var=on_gpu[1], training=True, device="cuda",
+            running_mean=on_gpu[0],
+            running_var=on_gpu[1],
+            training=True,
+            device="cuda",
         )
         gradients = fastbn.batchnorm_backward(OnGPU(dy), cache_gpu)
         close(numpy(y_gpu, x), y, dtype, 4.0)
@@ -338,16 +370,16 @@ def test_cuda_speaks_dlpack():
 
 X = np.ones((2, 3, 4), np.float32)
 V = np.ones(3, np.float32)
+bn = functools.partial(fastbn.batchnorm, device="cuda")
+bn_forward = functools.partial(fastbn.batchnorm_forward, device="cuda")
 
 
-def one_memory(first, second):
-    """Two arrays on the GPU, the second of which starts at the first's second row."""
+def partly_overlapping():
+    """A residual and an `out` which begins at its second row."""
     memory = OnGPU(np.zeros((3, 3, 4), np.float32))
-    pointer = memory.__cuda_array_interface__["data"][0]
-    second.__cuda_array_interface__["data"] = (pointer + 48, False)
-    first.__cuda_array_interface__["data"] = (pointer, False)
-    first.memory = second.memory = memory
-    return first, second
+    address, _ = memory.__cuda_array_interface__["data"]
+    residual, out = OnGPU(X, data=(address, False)), OnGPU(X, data=(address + X.strides[0], False))
+    return bn(OnGPU(X), residual=residual, out=out)
 
 
 @pytest.mark.parametrize(
@@ -355,29 +387,30 @@ def one_memory(first, second):
     [
         (lambda: fastbn.batchnorm(OnGPU(X)), fastbn.ArgumentError, "x: expected a NumPy array .* device='cuda'"),
         (lambda: fastbn.batchnorm(X, OnGPU(V)), fastbn.ArgumentError, "gamma: expected a NumPy array"),
-        (lambda: fastbn.batchnorm(X, OnGPU(V), device="cuda"), fastbn.ArgumentError, "gamma: expected a NumPy array"),
-        (lambda: fastbn.batchnorm(OnGPU(X), V, device="cuda"), fastbn.ArgumentError, "gamma: expected an array on the GPU"),
-        (lambda: fastbn.batchnorm(OnGPU(X), OnGPU(V[:2]), device="cuda"), fastbn.ShapeError, r"gamma: expected shape \(3,\)"),
-        (lambda: fastbn.batchnorm(OnGPU(X), residual=X, device="cuda"), fastbn.ArgumentError, "residual: .* on the GPU"),
-        (lambda: fastbn.batchnorm(OnGPU(X), residual=OnGPU(X[:1]), device="cuda"), fastbn.ShapeError, "residual: expected"),
-        (lambda: fastbn.batchnorm(OnGPU(X), residual=OnGPU(X.astype("f8")), device="cuda"), fastbn.DTypeError,
+        (lambda: bn(X, OnGPU(V)), fastbn.ArgumentError, "gamma: expected a NumPy array"),
+        (lambda: bn(OnGPU(X), V), fastbn.ArgumentError, "gamma: expected an array on the GPU"),
+        (lambda: bn(OnGPU(X), OnGPU(V[:2])), fastbn.ShapeError, r"gamma: expected shape \(3,\)"),
+        (lambda: bn(OnGPU(X), residual=X), fastbn.ArgumentError, "residual: .* on the GPU"),
+        (lambda: bn(OnGPU(X), residual=OnGPU(X[:1])), fastbn.ShapeError, "residual: expected"),
+        (lambda: bn(OnGPU(X), residual=OnGPU(X.astype("f8"))), fastbn.DTypeError,
          "residual: expected dtype float32 as x, got float64"),
-        (lambda: fastbn.batchnorm(OnGPU(X), out=X.copy(), device="cuda"), fastbn.ArgumentError, "out: .* on the GPU"),
-        (lambda: fastbn.batchnorm(OnGPU(X), out=OnGPU(X, readonly=True), device="cuda"), fastbn.ReadOnlyError, "out"),
-        (lambda: fastbn.batchnorm(OnGPU(X.astype(int)), device="cuda"), fastbn.DTypeError, "x: expected dtype f32|float32"),
-        (lambda: fastbn.batchnorm(OnGPU(X, mask=OnGPU(X)), device="cuda"), fastbn.ArgumentError, "without a mask"),
-        (lambda: fastbn.batchnorm(OnGPU(X[:1, :, :1]), device="cuda"), fastbn.SingleValueError, "more than 1 value"),
-        (lambda: fastbn.batchnorm(OnGPU(X), axis=3, device="cuda"), fastbn.ShapeError, "axis"),
-        (lambda: fastbn.batchnorm(OnGPU(np.ones((4, 6, 3, 5), np.float32)[::2, :, :, ::2]), axis=2, device="cuda"),
+        (lambda: bn(OnGPU(X), out=X.copy()), fastbn.ArgumentError, "out: .* on the GPU"),
+        (lambda: bn(OnGPU(X), out=OnGPU(X, readonly=True)), fastbn.ReadOnlyError, "out"),
+        (lambda: bn(OnGPU(X.astype(int))), fastbn.DTypeError, "x: expected dtype float32 or"),
+        (lambda: bn(OnGPU(X, mask=OnGPU(X))), fastbn.ArgumentError, "without a mask"),
+        (lambda: bn(OnGPU(X[:1, :, :1])), fastbn.SingleValueError, "more than 1 value"),
+        (lambda: bn(OnGPU(X), axis=3), fastbn.ShapeError, "axis"),
+        (lambda: bn(OnGPU(np.ones((4, 6, 3, 5), np.float32)[::2, :, :, ::2]), axis=2),
          fastbn.ArgumentError, "x: expected aligned memory that reduces"),
-        (lambda: fastbn.batchnorm(OnGPU(X), eps=0, device="cuda"), fastbn.ArgumentError, "eps"),
-        (lambda: fastbn.batchnorm(OnGPU(X), num_threads=0, device="cuda"), fastbn.ArgumentError, "num_threads"),
-        (lambda: fastbn.batchnorm(OnGPU(X), running_mean=OnGPU(V, readonly=True), running_var=OnGPU(V), training=True,
-                                  device="cuda"), fastbn.ReadOnlyError, "running_mean"),
-        (lambda: fastbn.batchnorm(*one_memory(OnGPU(X), OnGPU(X))[:1], out=(a := one_memory(OnGPU(X), OnGPU(X)))[1],
-                                  residual=a[0], device="cuda"), fastbn.AliasError, "out: .* overlaps residual"),
-        (lambda: fastbn.batchnorm_forward(a := OnGPU(X), out=a, device="cuda"), fastbn.AliasError, "out: .* overlaps x"),
-        (lambda: fastbn.batchnorm_backward(X, fastbn.batchnorm_forward(OnGPU(X), device="cuda")[1]), fastbn.ArgumentError,
+        (lambda: bn(OnGPU(X), eps=0), fastbn.ArgumentError, "eps"),
+        (lambda: bn(OnGPU(X), num_threads=0), fastbn.ArgumentError, "num_threads"),
+        (lambda: bn(OnGPU(X), running_mean=OnGPU(V, readonly=True), running_var=OnGPU(V), training=True),
+         fastbn.ReadOnlyError, "running_mean"),
+        (lambda: bn(OnGPU(X), running_mean=OnGPU(V), running_var=OnGPU(V), training=True, nan_guard="skip"),
+         fastbn.ArgumentError, "nan_guard: expected 'propagate' for arrays on the GPU"),
+        (partly_overlapping, fastbn.AliasError, "out: .* overlaps residual"),
+        (lambda: bn_forward(a := OnGPU(X), out=a), fastbn.AliasError, "out: .* overlaps x"),
+        (lambda: fastbn.batchnorm_backward(X, bn_forward(OnGPU(X))[1]), fastbn.ArgumentError,
          "dy: expected an array on the GPU"),
         (lambda: fastbn.batchnorm_backward(OnGPU(X), fastbn.batchnorm_forward(X)[1]), fastbn.ArgumentError,
          "dy: expected a NumPy array"),

@@ -32,7 +32,7 @@ def compiled():
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}  # a compiler
     process = subprocess.run(
         [sys.executable, Path(__file__).with_name("cuda_machine_code.py")],
-        input=json.dumps([(direction, *variant) for direction, variant in CASES]),
+        input=json.dumps([(direction, *variant, "hardswish") for direction, variant in CASES]),
         env=environment,
         capture_output=True,
         text=True,
@@ -46,7 +46,9 @@ def instructions(ptx, pattern):
     return re.findall(rf"^\s*(?:@!?%p\d+ )?({pattern})\s", ptx, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("direction", "variant"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v)))
+@pytest.mark.parametrize(
+    ("direction", "variant"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v))
+)
 def test_cuda_machine_code(compiled, direction, variant):
     found = compiled[direction, variant]
     ptx, loads = found["ptx"], found["loads"]

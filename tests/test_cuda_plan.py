@@ -38,7 +38,7 @@ def walked(plan, operand, shape, itemsize):
     tile, split = np.divmod(block, plan.splits)
     row, unit = thread // plan.side, tile * plan.side + thread % plan.side
     active = (row < plan.rows) & (unit < plan.units)
-    start, stop = split * plan.chunk + row, np.minimum(plan.count, (split + 1) * plan.chunk)
+    start, stop = split * plan.chunk + row, np.minimum(plan.length, (split + 1) * plan.chunk)
     addresses, columns = [], []
     lanes = 1 if plan.planar else plan.width
     for step in range(-(-plan.chunk // plan.rows)):
@@ -75,7 +75,7 @@ def test_cuda_plan_keeps_its_limits(planar, shape):
         assert plan.side * plan.rows <= plan.threads
         assert 1 <= plan.table <= _plan.MAX_CHANNELS
         assert plan.width * itemsize <= _plan.VECTOR_BYTES and plan.width <= _plan.MAX_WIDTH
-        assert (plan.splits - 1) * plan.chunk < plan.count <= plan.splits * plan.chunk
+        assert (plan.splits - 1) * plan.chunk < plan.length <= plan.splits * plan.chunk
         # Each channel has one column in the first fold, so one tile writes its statistics.
         width = plan.side * (1 if planar else plan.width)
         tiles = [range(tile * width, min((tile + 1) * width, plan.columns)) for tile in range(plan.tiles)]

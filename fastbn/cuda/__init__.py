@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import DeviceError
 
-__all__ = ["is_available", "stream", "why_not"]
+__all__ = ["description", "is_available", "stream", "why_not"]
 
 
 _works = False
@@ -51,8 +51,8 @@ def why_not() -> str | None:
             return "no usable GPU: " + " ".join(str(error).split()).removesuffix(" :")
         if driver[0] < toolkit[0]:
             return (
-                f"the driver is too old: it supports CUDA {driver[0]}.{driver[1]}, and CUDA {toolkit[0]}.{toolkit[1]} is "
-                f"installed; update the driver, or pip install 'numba-cuda[cu{driver[0]}]'"
+                f"the driver is too old: it supports CUDA {driver[0]}.{driver[1]}, and CUDA {toolkit[0]}.{toolkit[1]} "
+                f"is installed; update the driver, or pip install 'numba-cuda[cu{driver[0]}]'"
             )
     _works = True
     return None
@@ -61,6 +61,20 @@ def why_not() -> str | None:
 def is_available() -> bool:
     """Whether ``device="cuda"`` can be used here."""
     return why_not() is None
+
+
+def description() -> str:
+    """The GPU in use and the CUDA version of its driver, or why there is none."""
+    reason = why_not()
+    if reason is not None:
+        return f"no ({reason})"
+    from numba import config, cuda
+
+    if config.ENABLE_CUDASIM:
+        return "Numba's simulator"
+    name = cuda.get_current_device().name
+    major, minor = _driver_version()
+    return f"{name.decode() if isinstance(name, bytes) else name}, CUDA {major}.{minor}"
 
 
 def require() -> None:

@@ -1,236 +1,31 @@
 """Reading and writing device memory: vectors of a dtype, single floats of any dtype, bytes.
 
 Kernels see memory as addresses (integers, in bytes), never as arrays: an address costs nothing at launch, and a vector
-load of 16 bytes is one instruction, which Numba does not make of array accesses. On the GPU each function here is a few
-lines of LLVM IR; in Numba's simulator, which has none, its twin does the same with the address of host memory.
+load of 16 bytes is one instruction, which Numba does not make of array accesses. On the GPU each function is some LLVM
+IR (`_access_ir`); in Numba's simulator, which has none, its twin does the same with the address of host memory.
 
 float16 and bfloat16 are float32 in registers, rounded to nearest even where they are stored.
+
+``load, store = vector(code, width)``
+    ``load(address, values, offset)`` and ``store(address, values, offset)`` of `width` adjacent values; `values` is a
+    local array of the arithmetic's type. The address is a multiple of the vector's size.
+``peek, poke = scalar(code)``
+    ``peek(address)``, a float64, and ``poke(address, value)``, which rounds (to half precision by way of float32).
+``peek_byte(address)``, ``poke_byte(address, value)``
+    A byte as an integer.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
-
-import numpy as np
 from numba.core import config
+
+from ._plan import FORMATS
+
+__all__ = ["FORMATS", "SIMULATOR", "peek_byte", "poke_byte", "scalar", "vector"]
 
 SIMULATOR = bool(config.ENABLE_CUDASIM)
 
-# By the codes of src_c/dtypes.def: (bytes in memory, type of the arithmetic).
-FORMATS: dict[str, tuple[int, type[np.floating[Any]]]] = {
-    "f32": (4, np.float32),
-    "f64": (8, np.float64),
-    "f16": (2, np.float32),
-    "bf16": (2, np.float32),
-}
-
 if SIMULATOR:
-
-    def _memory(address: int, nbytes: int) -> Any:
-        return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(int(address)))
-
-    def _widened(code: str, memory: Any) -> Any:
-        if code == "bf16":
-            return (memory.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        stored = np.float16 if code == "f16" else FORMATS[code][1]
-        return memory.view(stored).astype(FORMATS[code][1])
-
-    def _narrowed(code: str, values: Any) -> Any:
-        if code == "bf16":
-            bits = values.view(np.uint32)
-            rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
-            return np.where(values != values, np.uint32(0x7FC0), rounded).astype(np.uint16).view(np.uint8)
-        with np.errstate(over="ignore"):
-            return (values.astype(np.float16) if code == "f16" else values).view(np.uint8)
-
-    def vector(code: str, width: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """The twins of the functions below."""
-        nbytes = width * FORMATS[code][0]
-
-        def load(address: int, values: Any, offset: int) -> None:
-            assert address % nbytes == 0, "a vector must be aligned to its size"
-            values[offset : offset + width] = _widened(code, _memory(address, nbytes))
-
-        def store(address: int, values: Any, offset: int) -> None:
-            assert address % nbytes == 0, "a vector must be aligned to its size"
-            _memory(address, nbytes)[...] = _narrowed(code, np.ascontiguousarray(values[offset : offset + width]))
-
-        return load, store
-
-    def scalar(code: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """The twins of the functions below."""
-        size, real = FORMATS[code]
-
-        def peek(address: int) -> Any:
-            return np.float64(_widened(code, _memory(address, size))[0])
-
-        def poke(address: int, value: Any) -> None:
-            with np.errstate(over="ignore"):
-                _memory(address, size)[...] = _narrowed(code, np.array([value]).astype(real))
-
-        return peek, poke
-
-    def peek_byte(address: int) -> int:
-        """The twin of the function below."""
-        return int(_memory(address, 1)[0])
-
-    def poke_byte(address: int, value: int) -> None:
-        """The twin of the function below."""
-        _memory(address, 1)[0] = value
-
+    from ._access_simulated import peek_byte, poke_byte, scalar, vector
 else:
-    from llvmlite import ir
-    from numba.cuda import types
-    from numba.cuda.extending import intrinsic
-
-    I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-    F32 = ir.FloatType()
-    STORED = {"f32": F32, "f64": ir.DoubleType(), "f16": ir.HalfType(), "bf16": I16}
-
-    def _pointer(builder: Any, address: Any, kind: Any) -> Any:
-        return builder.inttoptr(address, kind.as_pointer(1))  # address space 1: global memory
-
-    def _widened(builder: Any, code: str, value: Any) -> Any:
-        if code == "f16":
-            return builder.fpext(value, F32)
-        if code == "bf16":
-            return builder.bitcast(builder.shl(builder.zext(value, I32), I32(16)), F32)
-        return value
-
-    def _half_of_word(builder: Any, code: str, word: Any, upper: int) -> Any:
-        """One of the two values in 32 bits, as float32."""
-        if code == "f16":
-            pair = builder.bitcast(word, ir.VectorType(STORED["f16"], 2))
-            return builder.fpext(builder.extract_element(pair, I32(upper)), F32)
-        # A bfloat16 is the upper half of a float32.
-        return builder.bitcast(builder.and_(word, I32(0xFFFF0000)) if upper else builder.shl(word, I32(16)), F32)
-
-    def _rounded_pair(builder: Any, code: str, low: Any, high: Any) -> Any:
-        """Two float32 as two values in 32 bits; for bfloat16 by the instruction of compute capability 8.0 for it."""
-        if code == "f16":
-            pair = ir.VectorType(STORED["f16"], 2)(ir.Undefined)
-            for place, value in enumerate((low, high)):
-                pair = builder.insert_element(pair, builder.fptrunc(value, STORED["f16"]), I32(place))
-            return builder.bitcast(pair, I32)
-        kind = ir.FunctionType(I32, [F32, F32])
-        return builder.asm(kind, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], False)
-
-    def _narrowed(builder: Any, code: str, value: Any) -> Any:
-        if code == "f16":
-            return builder.fptrunc(value, STORED[code])
-        if code == "bf16":
-            return builder.trunc(_rounded_pair(builder, code, value, value), I16)
-        return value
-
-    def _element(context: Any, builder: Any, kind: Any, array: Any, offset: Any, v: int) -> Any:
-        data = context.make_array(kind)(context, builder, array).data
-        return builder.gep(data, [builder.add(offset, offset.type(v))])
-
-    @lru_cache
-    def vector(code: str, width: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """``load(address, values, offset)`` and ``store(address, values, offset)`` of `width` adjacent values.
-
-        `values` is a local array of the arithmetic's type. The address is a multiple of the vector's size. A store of
-        16 bytes is streaming (evicted first), so that it leaves in the L2 cache what will be read again.
-        """
-        nbytes = width * FORMATS[code][0]
-        if width == 1:
-            memory = STORED[code]
-        elif FORMATS[code][0] == 2:  # vectors of 16 bits would be loaded piece by piece
-            memory = ir.VectorType(I32, width // 2)
-        else:
-            memory = ir.VectorType(STORED[code], width)
-
-        @intrinsic
-        def load(typing: Any, address: Any, values: Any, offset: Any) -> Any:
-            def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                address, array, offset = args
-                loaded = builder.load(_pointer(builder, address, memory), align=nbytes)
-                for v in range(width):
-                    if width == 1:
-                        value = _widened(builder, code, loaded)
-                    elif FORMATS[code][0] == 2:
-                        value = _half_of_word(builder, code, builder.extract_element(loaded, I32(v // 2)), v % 2)
-                    else:
-                        value = _widened(builder, code, builder.extract_element(loaded, I32(v)))
-                    builder.store(value, _element(context, builder, signature.args[1], array, offset, v))
-                return context.get_dummy_value()
-
-            return types.void(types.int64, values, types.int64), generate
-
-        @intrinsic
-        def store(typing: Any, address: Any, values: Any, offset: Any) -> Any:
-            def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                address, array, offset = args
-                values = [
-                    builder.load(_element(context, builder, signature.args[1], array, offset, v)) for v in range(width)
-                ]
-                if FORMATS[code][0] == 2 and width > 1:
-                    parts = [_rounded_pair(builder, code, *values[v : v + 2]) for v in range(0, width, 2)]
-                else:
-                    parts = [_narrowed(builder, code, value) for value in values]
-                stored = parts[0]
-                if width > 1:
-                    stored = memory(ir.Undefined)
-                    for v, part in enumerate(parts):
-                        stored = builder.insert_element(stored, part, I32(v))
-                if nbytes < 16:
-                    builder.store(stored, _pointer(builder, address, memory), align=nbytes)
-                else:
-                    words = builder.bitcast(stored, ir.VectorType(I32, 4))
-                    text = "st.global.cs.v4.b32 [$0], {$1, $2, $3, $4};"
-                    kind = ir.FunctionType(ir.VoidType(), [I64] + [I32] * 4)
-                    parts = [builder.extract_element(words, I32(w)) for w in range(4)]
-                    builder.asm(kind, text, "l,r,r,r,r,~{memory}", [address, *parts], True)
-                return context.get_dummy_value()
-
-            return types.void(types.int64, values, types.int64), generate
-
-        return load, store
-
-    @lru_cache
-    def scalar(code: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """``peek(address)``, a float64, and ``poke(address, value)``, which rounds once, of a float of any dtype."""
-        size, real = FORMATS[code]
-        narrow = real is np.float32
-
-        @intrinsic
-        def peek(typing: Any, address: Any) -> Any:
-            def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                value = _widened(builder, code, builder.load(_pointer(builder, args[0], STORED[code]), align=size))
-                return builder.fpext(value, STORED["f64"]) if narrow else value
-
-            return types.float64(types.int64), generate
-
-        @intrinsic
-        def poke(typing: Any, address: Any, value: Any) -> Any:
-            def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                value = builder.fptrunc(args[1], F32) if narrow else args[1]
-                builder.store(_narrowed(builder, code, value), _pointer(builder, args[0], STORED[code]), align=size)
-                return context.get_dummy_value()
-
-            return types.void(types.int64, types.float64), generate
-
-        return peek, poke
-
-    @intrinsic
-    def peek_byte(typing: Any, address: Any) -> Any:
-        """The byte at an address."""
-
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.zext(builder.load(_pointer(builder, args[0], I8), align=1), I64)
-
-        return types.int64(types.int64), generate
-
-    @intrinsic
-    def poke_byte(typing: Any, address: Any, value: Any) -> Any:
-        """Write a byte."""
-
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            builder.store(builder.trunc(args[1], I8), _pointer(builder, args[0], I8), align=1)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64), generate
+    from ._access_ir import peek_byte, poke_byte, scalar, vector

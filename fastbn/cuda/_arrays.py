@@ -19,11 +19,11 @@ from fastbn import _core
 from fastbn.errors import ArgumentError, DTypeError
 
 from ._access import SIMULATOR
-from ._plan import contiguous_strides
+from ._plan import FORMATS, contiguous_strides
 
 CODES = {name: code for code, name in _core.dtypes()}
 NAMES = {code: name for code, name in _core.dtypes()}
-ITEMSIZE = {"f32": 4, "f64": 8, "f16": 2, "bf16": 2}
+ITEMSIZE = {code: itemsize for code, (itemsize, _real) in FORMATS.items()}
 TYPESTRINGS = {"<f4": "f32", "<f8": "f64", "<f2": "f16", "<V2": "bf16"}
 DLPACK_CUDA = 2  # kDLCUDA
 
@@ -136,9 +136,9 @@ def empty(like: DeviceArray, size: int, code: str, zeros: bool = False) -> tuple
         if zeros:
             made.copy_to_device(np.zeros(size, made.dtype))
         return made, seen
-    seen = view("", made)
-    assert seen is not None
-    return made, seen
+    found = view("", made)
+    assert found is not None
+    return made, found
 
 
 def _new(like: DeviceArray, shape: tuple[int, ...], strides: tuple[int, ...], code: str) -> tuple[Any, DeviceArray]:
@@ -181,7 +181,7 @@ def _handle_of(value: Any) -> int:
 
 
 def stream_handle(x: DeviceArray | None) -> int:
-    """The stream of `stream`, else the current one of PyTorch or CuPy if x is theirs, else that of x, else the default."""
+    """That of `stream`, else the current one of PyTorch or CuPy if x is theirs, else that of x, else the default."""
     given = _stream.get()
     if given is not None:
         return int(given)

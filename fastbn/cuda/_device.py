@@ -12,7 +12,7 @@ from fastbn import _check, _core, _layout, runtime
 from fastbn._engine import NEED_ARGUMENT, BatchNormCache, Gradients
 from fastbn.errors import AliasError, ArgumentError, DTypeError, ReadOnlyError, ShapeError
 
-from . import _arrays, _kernels, _launch
+from . import _arrays, _functions, _launch
 from ._arrays import NAMES, DeviceArray
 from ._plan import Operand
 
@@ -30,15 +30,23 @@ class DeviceCache(BatchNormCache):
         The statistics that were used.
     """
 
-    __slots__ = ("_call", "_device_x", "_kept", "_made", "_mask_nbytes", "_operand", "_parameters", "_residual_operand", "_rows")
+    __slots__ = ("_array", "_call", "_kept", "_mask_nbytes", "_operand", "_parameters", "_rows", "_vectors")
+    _array: DeviceArray  # x
+    _call: _launch.Call
+    _operand: Operand  # x
+    _kept: tuple[DeviceArray, Operand] | None  # the residual, where the gradient needs it
+    _mask_nbytes: int
+    _parameters: tuple[DeviceArray | None, DeviceArray | None]  # gamma, beta
+    _vectors: Any  # the statistics, and after them the mask, as an array of x's library
+    _rows: DeviceArray  # the same
 
     @property
     def x(self) -> Any:
-        return self._device_x.owner
+        return self._array.owner
 
-    def _row(self, index: int) -> Any:
+    def _row(self, index: int) -> Any:  # of x's library
         channels = self._call.shape[1]
-        return self._made[index * channels : (index + 1) * channels]
+        return self._vectors[index * channels : (index + 1) * channels]
 
     @property
     def gamma(self) -> Any:
@@ -46,12 +54,12 @@ class DeviceCache(BatchNormCache):
 
     @property
     def nbytes(self) -> int:
-        return int(self._device_x.size * self._device_x.itemsize + self._rows.size * 8)
+        return int(self._array.size * self._array.itemsize + self._rows.size * 8)
 
     def __repr__(self) -> str:
         mode = "training" if self._call.training else "inference"
-        name = NAMES[self._device_x.code]
-        return f"BatchNormCache({mode}, x {name} {self._device_x.shape} on the GPU, {self.nbytes} bytes)"
+        name = NAMES[self._array.code]
+        return f"BatchNormCache({mode}, x {name} {self._array.shape} on the GPU, {self.nbytes} bytes)"
 
 
 def given(name: str, value: Any) -> DeviceArray:
@@ -122,7 +130,7 @@ def _written(name: str, x: DeviceArray, axis: int, planar: bool) -> Operand:
 
 
 def _vector(x: DeviceArray | None) -> _launch.Parameter:
-    return _launch.NONE if x is None else (x.address, _kernels.CODES[x.code], x.strides[0])
+    return _launch.NONE if x is None else (x.address, _functions.CODES[x.code], x.strides[0])
 
 
 def forward(
@@ -132,18 +140,24 @@ def forward(
     axis: int,
     keep: bool,
     options: dict[str, Any],
+    counter: Any,
 ) -> tuple[Any, DeviceCache | None]:
     """`fastbn._engine.forward` of arrays on the GPU. Nothing is written before all arguments have been checked."""
     mean, var = options["running_mean"], options["running_var"]
-    training, update, momentum, eps, unbiased, act = _check.options(
+    training, update, momentum, eps, unbiased, nan_guard, act = _check.options(
         mean is not None,
         var is not None,
         options["training"],
         options["momentum"],
         options["eps"],
         options["unbiased"],
+        options["nan_guard"],
         options["activation"],
     )
+    if nan_guard != "propagate":
+        raise ArgumentError(
+            f"nan_guard: expected 'propagate' for arrays on the GPU, got {nan_guard!r}, which would have to wait for it"
+        )
     _check.num_threads(options["num_threads"])
     channels = x.shape[axis]
     per_channel = x.size // channels if channels else 0
@@ -197,21 +211,22 @@ def forward(
             momentum=momentum,
             unbiased=unbiased,
         )
+        if update and counter is not None:
+            counter += 1
     if not keep:
         return y, None
     cache = DeviceCache()
-    cache._device_x, cache._axis, cache._call, cache._operand = x, axis, call, source
-    cache._made, cache._rows, cache._mask_nbytes = made, statistics, mask_nbytes
+    cache._array, cache._axis, cache._call, cache._operand = x, axis, call, source
+    cache._vectors, cache._rows, cache._mask_nbytes = made, statistics, mask_nbytes
     cache._parameters = (weight, bias)
     cache._residual = added is not None
-    cache._residual_operand = second if keep_added else None
-    cache._kept = added if keep_added else None
+    cache._kept = (added, second) if keep_added and added is not None and second is not None else None
     return y, cache
 
 
-def backward(dy: Any, cache: DeviceCache, out: Any, num_threads: Any) -> Gradients:
+def backward(dy: Any, cache: Any, out: Any, num_threads: Any) -> Gradients:
     """`fastbn._engine.backward` of arrays on the GPU."""
-    x, axis, call = cache._device_x, cache._axis, cache._call
+    x, axis, call = cache._array, cache._axis, cache._call
     gradient = _companion("dy", dy, x)
     _check.num_threads(num_threads)
     target = None
@@ -219,7 +234,7 @@ def backward(dy: Any, cache: DeviceCache, out: Any, num_threads: Any) -> Gradien
         target = _out(out, x)
         _apart("out", target, "x", x)
         _apart("out", target, "dy", gradient, or_same=True)
-        _apart("out", target, "residual", cache._kept)
+        _apart("out", target, "residual", None if cache._kept is None else cache._kept[0])
     arriving = Operand(gradient.address, _view("dy", gradient, axis, call.planar).strides)
     dx, dresidual, second = out, None, None
     if target is None:
@@ -239,7 +254,7 @@ def backward(dy: Any, cache: DeviceCache, out: Any, num_threads: Any) -> Gradien
         _launch.backward(
             call,
             cache._operand,
-            cache._residual_operand,
+            None if cache._kept is None else cache._kept[1],
             arriving,
             written,
             second,

@@ -10,7 +10,7 @@ from numba import cuda
 
 from fastbn import _core
 
-from . import _kernels, _launch
+from . import _functions, _launch
 from ._access import FORMATS
 from ._arrays import current_stream
 from ._launch import Call, address_of
@@ -57,7 +57,7 @@ def _wait(call: Call) -> None:
 
 def _vector(buffer: Any, row: int, channels: int) -> _launch.Parameter:
     """A row of float64."""
-    return address_of(buffer) + 8 * row * channels, _kernels.CODES["f64"], 8
+    return address_of(buffer) + 8 * row * channels, _functions.CODES["f64"], 8
 
 
 def make_call(dtype: int, planar: bool, shape: Triple, activation: tuple[int, float], training: bool) -> Call:
@@ -72,10 +72,12 @@ def forward(
     keep_mask: bool,
     vectors: tuple[Array | None, ...],
     eps: float,
+    finite_first: bool,
 ) -> tuple[Array, Array | None]:
     """Like `_core.forward`; returns the statistics and, if wanted, the mask. The caller updates running statistics.
 
-    `vectors` are gamma, beta, the running mean and the running variance.
+    `vectors` are gamma, beta, the running mean and the running variance. `finite_first`: y is written only if the
+    statistics are finite.
     """
     _, channels, _ = call.shape
     rows = np.zeros((_core.STATISTICS_ROWS, channels))
@@ -105,24 +107,33 @@ def forward(
         momentum=0.0,
         unbiased=False,
     )
-    _download(target, y, call)
     statistics.copy_to_host(rows, stream=call.stream)
     bits = None if mask is None else mask.copy_to_host(stream=call.stream)
     _wait(call)
+    if not finite_first or moments_are_finite(rows):
+        _download(target, y, call)
+        _wait(call)
     return rows, bits
+
+
+def moments_are_finite(statistics: Array) -> bool:
+    """Mean and variance of every channel."""
+    return bool(np.isfinite(statistics[[_core.STATISTICS_MEAN, _core.STATISTICS_VAR]]).all())
 
 
 def update_running(
     running_mean: Array, running_var: Array, statistics: Array, count: int, momentum: float, unbiased: bool
 ) -> None:
-    """In place; in float64, rounded once to the dtype of the running arrays."""
-    degrees = count - 1 if unbiased else count
+    """In place, both or none; in float64, rounded once to the dtype of the running arrays."""
+    batch_mean, batch_m2 = statistics[_core.STATISTICS_MEAN], statistics[_core.STATISTICS_M2]
+    batch_var = batch_m2 / (count - 1 if unbiased else count)
     with np.errstate(all="ignore"):
-        for running, batch in (
-            (running_mean, statistics[_core.STATISTICS_MEAN]),
-            (running_var, statistics[_core.STATISTICS_M2] / degrees),
-        ):
-            running[...] = (1 - momentum) * running.astype(np.float64) + momentum * batch
+        mean, var = (
+            ((1 - momentum) * running.astype(np.float64) + momentum * batch).astype(running.dtype)
+            for running, batch in ((running_mean, batch_mean), (running_var, batch_var))
+        )
+    running_mean[...] = mean
+    running_var[...] = var
 
 
 def backward(

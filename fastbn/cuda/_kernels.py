@@ -10,6 +10,9 @@ Geometry and operands are those of `_plan`; addresses and strides are bytes. A v
 of its dtype, stride), address 0 where it is None.
 """
 
+# The kernels are Numba's: their types are inferred, so there is nothing to annotate.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
 from __future__ import annotations
 
 import math
@@ -21,7 +24,19 @@ from numba import cuda
 
 from fastbn import _core, runtime
 
-from ._access import FORMATS, peek_byte, poke_byte, scalar, vector
+from ._access import FORMATS, peek_byte, poke_byte, vector
+from ._functions import (
+    activation,
+    add_rows,
+    add_splits,
+    affine,
+    finite,
+    parameter,
+    peek_f64,
+    poke_f64,
+    set_parameter,
+    two_sum,
+)
 from ._plan import MAX_CHANNELS
 
 REDUCE, MAP = 1, 2  # phases
@@ -31,192 +46,33 @@ MEAN, MEAN_LO, RSTD = _core.STATISTICS_MEAN, _core.STATISTICS_MEAN_LO, _core.STA
 M2, VAR = _core.STATISTICS_M2, _core.STATISTICS_VAR
 GAMMA, BETA = _core.STATISTICS_GAMMA, _core.STATISTICS_BETA
 
-IDENTITY, RELU, LEAKY_RELU, RELU6, HARDSIGMOID, HARDSWISH = (
-    runtime.ACTIVATION_INDEX[name] for name in ("identity", "relu", "leaky_relu", "relu6", "hardsigmoid", "hardswish")
-)
-# Codes of the dtypes of parameters.
-CODES = {code: index for index, code in enumerate(FORMATS)}
-
-peek_f32, poke_f32 = scalar("f32")
-peek_f64, poke_f64 = scalar("f64")
-peek_f16, poke_f16 = scalar("f16")
-peek_bf16, poke_bf16 = scalar("bf16")
-
-
-@cuda.jit(device=True)
-def parameter(values, channel, default):  # type: ignore[no-untyped-def]
-    """A value of gamma, beta or a running statistic as float64."""
-    address, code, stride = values
-    if address == 0:
-        return default
-    address += channel * stride
-    if code == 0:
-        return peek_f32(address)
-    if code == 1:
-        return peek_f64(address)
-    if code == 2:
-        return peek_f16(address)
-    return peek_bf16(address)
-
-
-@cuda.jit(device=True)
-def set_parameter(values, channel, value):  # type: ignore[no-untyped-def]
-    """Write a value of a running statistic or a gradient, rounded once (to float32 on the way to half precision)."""
-    address, code, stride = values
-    if address != 0:
-        address += channel * stride
-        if code == 0:
-            poke_f32(address, value)
-        elif code == 1:
-            poke_f64(address, value)
-        elif code == 2:
-            poke_f16(address, value)
-        else:
-            poke_bf16(address, value)
-
-
-@cuda.jit(device=True)
-def finite(value):  # type: ignore[no-untyped-def]
-    """A shift, or the low part of a sum: 0 where it is not finite, else it would turn Inf into NaN."""
-    if value - value == 0.0:
-        return value
-    return 0.0
-
-
-@cuda.jit(device=True)
-def add_rows(sums, planes, side, rows):  # type: ignore[no-untyped-def]
-    """Sums over the rows of a block, into its first row: a tree."""
-    thread = cuda.threadIdx.x
-    step = 1
-    while 2 * step < rows:
-        step *= 2
-    while step > 0:
-        cuda.syncthreads()
-        if thread < step * side and thread + step * side < rows * side:
-            for plane in range(planes):
-                sums[plane, thread] += sums[plane, thread + step * side]
-        step //= 2
-    cuda.syncthreads()
-
-
-@cuda.jit(device=True)
-def add_splits(partials, sums, geometry, tile_start, first):  # type: ignore[no-untyped-def]
-    """The two sums of the channels of a tile from number `first` on, one of a thread, over splits and folds.
-
-    The first threads return them; groups of threads share the splits, and are added in their order.
-    """
-    channels, _units, columns, _side, _rows, table, _count, _chunk, splits, _runs, fold = geometry[:11]
-    thread, threads = cuda.threadIdx.x, cuda.blockDim.x
-    wide = min(table, threads)
-    groups = min(threads // wide, 32)
-    index, group = first + thread % wide, thread // wide
-    a = b = 0.0
-    if group < groups and index < table:
-        channel = (tile_start + index) % channels
-        for split in range(group, splits, groups):
-            for k in range(fold):
-                address = partials + 8 * (2 * split * columns + channel + k * channels)
-                a += peek_f64(address)
-                b += peek_f64(address + 8 * columns)
-    cuda.syncthreads()
-    sums[0, thread] = a
-    sums[1, thread] = b
-    cuda.syncthreads()
-    if group == 0:
-        for other in range(1, groups):
-            a += sums[0, other * wide + thread]
-            b += sums[1, other * wide + thread]
-    return a, b
+IDENTITY = runtime.ACTIVATION_INDEX["identity"]
 
 
 @lru_cache
-def activation_functions(real: Any) -> tuple[Any, Any, Any, Any]:
-    """y from v; whether v is open; the gradient where it is; the gradient where it is not (src_c/activations.def)."""
-
-    @cuda.jit(device=True)
-    def clipped(v):  # type: ignore[no-untyped-def]
-        v = real(0) if v < real(0) else v
-        return real(6) if v > real(6) else v
-
-    @cuda.jit(device=True)
-    def activate(activation, v, slope):  # type: ignore[no-untyped-def]
-        if activation == RELU:
-            return real(0) if v < real(0) else v
-        if activation == LEAKY_RELU:
-            return v * slope if v < real(0) else v
-        if activation == RELU6:
-            return clipped(v)
-        if activation == HARDSIGMOID:
-            return clipped(v + real(3)) * real(1.0 / 6)
-        if activation == HARDSWISH:
-            return real(0) if v <= real(-3) else v * (clipped(v + real(3)) * real(1.0 / 6))
-        return v
-
-    @cuda.jit(device=True)
-    def is_open(activation, v):  # type: ignore[no-untyped-def]
-        if activation == RELU or activation == LEAKY_RELU:  # noqa: PLR1714 (a tuple would be one of types)
-            return not v <= real(0)
-        if activation == RELU6:
-            return not (v <= real(0) or v >= real(6))
-        if activation == HARDSIGMOID:
-            return not (v <= real(-3) or v >= real(3))
-        if activation == HARDSWISH:
-            return not v <= real(-3)
-        return True
-
-    @cuda.jit(device=True)
-    def passed(activation, g, v):  # type: ignore[no-untyped-def]
-        if activation == HARDSIGMOID:
-            return g * real(1.0 / 6)
-        if activation == HARDSWISH and not v >= real(3):
-            return g * (v * real(1.0 / 3) + real(0.5))
-        return g
-
-    @cuda.jit(device=True)
-    def stopped(activation, g, slope):  # type: ignore[no-untyped-def]
-        if activation == LEAKY_RELU:
-            return g * slope
-        return real(0)
-
-    return activate, is_open, passed, stopped
-
-
-@cuda.jit(device=True)
-def affine(x, mean_hi, mean_lo, scale, beta):  # type: ignore[no-untyped-def]
-    """What is activated, without the residual; written once, so that backward rounds as forward has."""
-    return ((x - mean_hi) - mean_lo) * scale + beta
-
-
-@cuda.jit(device=True)
-def two_sum(a, b):  # type: ignore[no-untyped-def]
-    """(rounded sum, what the rounding has lost) (Knuth)."""
-    s = a + b
-    t = s - a
-    return s, finite((a - (s - t)) + (b - t))
-
-
-@lru_cache
-def forward(code: str, width: int, planar: bool, threads: int, loads: int) -> Any:
-    """The kernel of training and inference for one dtype, width of vectors and family.
+def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_of_activation: int) -> Any:
+    """The kernel of training and inference for one dtype, width of vectors, family and activation.
 
     `loads` vectors are read before the first of them is used: memory is far away.
     """
-    real = FORMATS[code][1]
+    real: Any = FORMATS[code][1]
     load, store = vector(code, width)
     load_one, _ = vector(code, 1)
-    activate, is_open, _passed, _stopped = activation_functions(real)
+    activate, is_open, _passed, _stopped = activation(row_of_activation, real)
     lanes = 1 if planar else width  # channels of a vector
     planes, read = 2 * lanes, loads * width
     table_size = 1 if planar else MAX_CHANNELS
 
     @cuda.jit
-    def kernel(phases, scratch, geometry, x, residual, y, mask, statistics, parameters, mode, numbers):  # type: ignore[no-untyped-def]
-        channels, units, columns, side, rows, table, count, chunk, splits, runs, _fold, unit_values, row_values = geometry
+    def kernel(phases, scratch, geometry, x, residual, y, mask, statistics, parameters, mode, numbers):
+        channels, units, columns, side, rows, table, count, chunk, splits, runs, _fold, unit_values, row_values = (
+            geometry
+        )
         x_address, x_channel, x_unit, x_outer, x_vector = x
         r_address, _, r_unit, r_outer, r_vector = residual
         y_address, _, y_unit, y_outer, y_vector = y
         gamma, beta, running_mean, running_var = parameters
-        training, update, activation, per_channel, degrees = mode
+        training, update, per_channel, degrees = mode
         eps, momentum, slope = numbers[0], numbers[1], real(numbers[2])
         shifts, partials = scratch, scratch + 8 * channels
 
@@ -348,10 +204,14 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int) -> An
                                 )
                                 if r_address != 0:
                                     value += added[at]
-                                if mask != 0 and is_open(activation, value):
+                                if mask != 0 and is_open(value, value, slope):
                                     bits |= 1 << v
-                                values[at] = activate(activation, value, slope)
-                            store(y_address + unit * y_unit + outers[k] * y_outer + vectors[k] * y_vector, values, k * width)
+                                values[at] = activate(value, value, slope)
+                            store(
+                                y_address + unit * y_unit + outers[k] * y_outer + vectors[k] * y_vector,
+                                values,
+                                k * width,
+                            )
                             if mask != 0:
                                 place = unit * unit_values + (i - k * rows) * row_values
                                 poke_byte(mask + place // width, bits)
@@ -361,27 +221,30 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int) -> An
 
 
 @lru_cache
-def backward(code: str, width: int, planar: bool, threads: int, loads: int) -> Any:
-    """The kernel of the gradients, for one dtype, width of vectors and family."""
-    real = FORMATS[code][1]
+def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_of_activation: int) -> Any:
+    """The kernel of the gradients, for one dtype, width of vectors, family and activation."""
+    real: Any = FORMATS[code][1]
     load, store = vector(code, width)
     load_one, _ = vector(code, 1)
-    _activate, is_open, passed, stopped = activation_functions(real)
+    _activate, is_open, passed, stopped = activation(row_of_activation, real)
+    identity = row_of_activation == IDENTITY
     lanes = 1 if planar else width
     planes, read = 2 * lanes, loads * width
     table_size = 1 if planar else MAX_CHANNELS
 
     @cuda.jit
-    def kernel(phases, scratch, geometry, x, residual, dy, dx, dresidual, mask, statistics, parameters, mode, slope):  # type: ignore[no-untyped-def]
-        channels, units, columns, side, rows, table, count, chunk, splits, runs, _fold, unit_values, row_values = geometry
-        x_address, x_channel, x_unit, x_outer, x_vector = x
+    def kernel(phases, scratch, geometry, x, residual, dy, dx, dresidual, mask, statistics, parameters, mode, slope):
+        channels, units, columns, side, rows, table, count, chunk, splits, runs, _fold, unit_values, row_values = (
+            geometry
+        )
+        x_address, _, x_unit, x_outer, x_vector = x
         r_address, _, r_unit, r_outer, r_vector = residual
         dy_address, dy_channel, dy_unit, dy_outer, dy_vector = dy
         dx_address, _, dx_unit, dx_outer, dx_vector = dx
         dr_address, _, dr_unit, dr_outer, dr_vector = dresidual
         mask_address, mask_shift = mask
         dgamma, dbeta = parameters
-        training, reduced, activation, per_channel = mode
+        training, reduced, per_channel = mode
         slope = real(slope)
         shifts, partials = scratch, scratch + 8 * channels
 
@@ -468,7 +331,11 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int) -> A
                             outers[k] = outer
                             vectors[k] = vector
                             load(x_address + unit * x_unit + outer * x_outer + vector * x_vector, values, k * width)
-                            load(dy_address + unit * dy_unit + outer * dy_outer + vector * dy_vector, gradients, k * width)
+                            load(
+                                dy_address + unit * dy_unit + outer * dy_outer + vector * dy_vector,
+                                gradients,
+                                k * width,
+                            )
                             if r_address != 0:
                                 load(r_address + unit * r_unit + outer * r_outer + vector * r_vector, added, k * width)
                             if phase == REDUCE:
@@ -488,11 +355,13 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int) -> A
                             bits = 0
                             if mask_address != 0:
                                 place = unit * unit_values + (i + k * step) * row_values
-                                bits = peek_byte(mask_address + (place >> mask_shift)) >> (place & ((1 << mask_shift) - 1))
+                                bits = peek_byte(mask_address + (place >> mask_shift)) >> (
+                                    place & ((1 << mask_shift) - 1)
+                                )
                             for v in range(width):
                                 lane, at = v % lanes, k * width + v
                                 g = gradients[at]
-                                if activation != IDENTITY:
+                                if not identity:
                                     value = real(0)
                                     if mask_address != 0:
                                         through = bits >> v & 1 != 0
@@ -502,8 +371,8 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int) -> A
                                         )
                                         if r_address != 0:
                                             value += added[at]
-                                        through = is_open(activation, value)
-                                    g = passed(activation, g, value) if through else stopped(activation, g, slope)
+                                        through = is_open(value, value, slope)
+                                    g = passed(value, g, slope) if through else stopped(value, g, slope)
                                 if phase == REDUCE:
                                     e = np.float64(g) - shift[lane]
                                     total[lane] += e

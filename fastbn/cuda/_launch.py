@@ -121,10 +121,10 @@ def forward(
     """Launch forward. `mask` and `statistics` are addresses: 0 for no mask; STATISTICS_ROWS rows of float64.
     `parameters` are gamma, beta, the running mean and the running variance."""
     plan = _make_plan(call, [x, y] if residual is None else [x, residual, y])
-    ahead = loads(call.code, plan.width, call.planar, 1)
-    kernel = _kernels.forward(call.code, plan.width, call.planar, plan.threads, ahead)
-    _, channels, _ = call.shape
     activation, slope = call.activation
+    ahead = loads(call.code, plan.width, call.planar, 1)
+    kernel = _kernels.forward(call.code, plan.width, call.planar, plan.threads, ahead, activation)
+    _, channels, _ = call.shape
     count = call.per_channel
     arguments = (
         _plan.geometry(plan, channels),
@@ -134,7 +134,7 @@ def forward(
         mask,
         statistics,
         tuple(parameters),
-        (int(call.training), int(update), activation, count, count - 1 if unbiased else count),
+        (int(call.training), int(update), count, count - 1 if unbiased else count),
         (eps, momentum, slope),
     )
     _launch(kernel, plan, channels, call.stream, call.training, arguments)
@@ -159,9 +159,9 @@ def backward(
     # A vector must not be wider than those of forward, whose bits are in one byte.
     mask_width = outer * channels * inner // mask_nbytes if mask else _plan.MAX_WIDTH
     plan = _make_plan(call, operands, mask_width)
-    ahead = loads(call.code, plan.width, call.planar, 2)
-    kernel = _kernels.backward(call.code, plan.width, call.planar, plan.threads, ahead)
     activation, slope = call.activation
+    ahead = loads(call.code, plan.width, call.planar, 2)
+    kernel = _kernels.backward(call.code, plan.width, call.planar, plan.threads, ahead, activation)
     reduced = call.training or dgamma[0] != 0 or dbeta[0] != 0
     arguments = (
         _plan.geometry(plan, channels),
@@ -173,8 +173,7 @@ def backward(
         (mask, mask_width.bit_length() - 1),
         statistics,
         (dgamma, dbeta),
-        (int(call.training), int(reduced), activation, call.per_channel),
+        (int(call.training), int(reduced), call.per_channel),
         slope,
     )
     _launch(kernel, plan, channels, call.stream, reduced, arguments)
-

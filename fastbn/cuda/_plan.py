@@ -3,16 +3,26 @@
 Both kernel families are one walk. A *unit* is what a thread reads at once, `width` adjacent values: of one channel
 (planar), or of as many channels (interleaved; where channels do not fill a vector, `fold` rows are one row of a
 multiple of the channels). A *tile* is the units that a block works on side by side: planar one channel, interleaved up
-to 256 bytes of a row. Its rows are split among `splits` blocks, each of which leaves a sum for every column of the tile.
+to 256 bytes of a row. Its rows are split among `splits` blocks, each of which leaves a sum for every column.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 Triple = tuple[int, int, int]
+
+# By the codes of src_c/dtypes.def: (bytes in memory, type of the arithmetic).
+FORMATS: dict[str, tuple[int, type[np.floating[Any]]]] = {
+    "f32": (4, np.float32),
+    "f64": (8, np.float64),
+    "f16": (2, np.float32),
+    "bf16": (2, np.float32),
+}
 
 VECTOR_BYTES = 16  # the widest load
 MAX_WIDTH = 8  # values: the bits of a byte of the mask
@@ -53,7 +63,7 @@ class Plan(NamedTuple):
     side: int  # units of a tile side by side
     rows: int  # that the threads of a block read at once
     table: int  # channels of a tile
-    count: int  # rows of a unit in all
+    length: int  # rows of a unit in all
     chunk: int  # rows of a split
     splits: int
     runs: int  # planar: vectors of a run, after which comes the next outer index
@@ -102,7 +112,13 @@ def _vectors(shape: Triple, operands: Sequence[Operand], itemsize: int, planar: 
 
 
 def make(
-    shape: Triple, operands: Sequence[Operand], itemsize: int, planar: bool, processors: int, threads: int, limit: int = MAX_WIDTH
+    shape: Triple,
+    operands: Sequence[Operand],
+    itemsize: int,
+    planar: bool,
+    processors: int,
+    threads: int,
+    limit: int = MAX_WIDTH,
 ) -> Plan:
     """The plan of a call.
 
@@ -138,13 +154,27 @@ def make(
     splits = -(-count // chunk)  # none is empty
     channel_stride = 1 if planar else width
     return Plan(
-        planar, width, channel_stride, fold, threads, units, columns, side, rows, table, count, chunk, splits, runs, tiles
+        planar,
+        width,
+        channel_stride,
+        fold,
+        threads,
+        units,
+        columns,
+        side,
+        rows,
+        table,
+        count,
+        chunk,
+        splits,
+        runs,
+        tiles,
     )
 
 
 def geometry(plan: Plan, channels: int) -> tuple[int, ...]:
     """The integers that the kernels take, in their order."""
-    unit_values, row_values = (plan.count * plan.width, plan.width) if plan.planar else (plan.width, plan.columns)
+    unit_values, row_values = (plan.length * plan.width, plan.width) if plan.planar else (plan.width, plan.columns)
     return (
         channels,
         plan.units,
@@ -152,7 +182,7 @@ def geometry(plan: Plan, channels: int) -> tuple[int, ...]:
         plan.side,
         plan.rows,
         plan.table,
-        plan.count,
+        plan.length,
         plan.chunk,
         plan.splits,
         plan.runs,
