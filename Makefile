@@ -75,7 +75,7 @@ clean:  ## remove all that make and builds have made
 
 ASAN_TESTS = $(addprefix tests/test_,$(addsuffix .py,forward backward bits guard_pages layouts inplace_and_out \
 	running_stats stats validation fuzz))
-LONG_TESTS = $(addprefix tests/test_,$(addsuffix .py,fuzz))
+LONG_TESTS = $(addprefix tests/test_,$(addsuffix .py,bits fuzz properties))
 C_FILES = $(shell find src_c tests -name '*.[ch]' -o -name '*.inc')
 
 # Stamps: each says that .venv holds something.
