@@ -15,7 +15,7 @@ WHEEL := $$(ls dist/fastbn-*.whl)
 SOURCES := setup.py pyproject.toml MANIFEST.in README.md LICENSE $(shell find src_c fastbn -type f \
 	! -path '*/__pycache__/*' ! -name '*.so' ! -name _build.json ! -name _core.c)
 
-.PHONY: help demo test test-long test-arm asan lint format bench bench-quick develop clean
+.PHONY: help demo test test-long test-arm test-valgrind asan lint format bench bench-quick develop clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -36,7 +36,11 @@ test-long: $(VENV)/.test  ## the tests that draw their cases at random, a hundre
 # setup.py, which knows how kernels are compiled, needs setuptools.
 test-arm: $(VENV)/.venv  ## the kernels on aarch64, emulated by qemu: the bits that they give here
 	$(PIP) install 'setuptools>=77'
-	$(BIN)/python tests/arm.py
+	$(BIN)/python tests/emulated.py arm
+
+test-valgrind: $(VENV)/.venv  ## the kernels under valgrind: nothing depends on memory that nobody has written
+	$(PIP) install 'setuptools>=77'
+	$(BIN)/python tests/emulated.py valgrind
 
 # The sanitizers' library must be loaded before Python; torch does not run under it, and leaks of Python are not ours.
 asan: $(VENV)/.test  ## the tests of kernels and arguments on a build with the address and undefined-behaviour sanitizers
@@ -75,7 +79,7 @@ clean:  ## remove all that make and builds have made
 
 ASAN_TESTS = $(addprefix tests/test_,$(addsuffix .py,forward backward bits guard_pages layouts inplace_and_out \
 	running_stats stats validation fuzz))
-LONG_TESTS = $(addprefix tests/test_,$(addsuffix .py,bits fuzz properties))
+LONG_TESTS = $(addprefix tests/test_,$(addsuffix .py,bits fuzz memory properties))
 C_FILES = $(shell find src_c tests -name '*.[ch]' -o -name '*.inc')
 
 # Stamps: each says that .venv holds something.

@@ -81,7 +81,7 @@ def test_property_any_array_is_normalized_as_the_definition_says(array_and_axis,
     finite = np.isfinite(expected)
     # a channel of equal values, or nearly so, is divided by sqrt(eps): |x - mean| / std says nothing then
     atol = forward_atol(y.dtype, np.where(finite, expected, 0), offset_ratio=2e3)
-    assert (np.abs(y.astype(np.float64) - expected)[finite] <= atol[finite]).all()
+    assert (np.abs(y[finite].astype(np.float64) - expected[finite]) <= atol[finite]).all()
     assert (y[~finite & ~np.isnan(expected)] == expected[~finite & ~np.isnan(expected)]).all()
     assert np.array(x, copy=True).tobytes() == before
 
@@ -100,9 +100,9 @@ def test_property_statistics_of_any_array_are_those_of_the_definition(array_and_
 
 
 @examples
-@given(shapes, dtypes, orders, seeds, st.integers(-3, 3), st.sampled_from(["identity", "relu", "leaky_relu"]))
+@given(shapes, dtypes, orders, seeds, st.integers(1, 3), st.sampled_from(["identity", "relu", "leaky_relu"]))
 def test_property_scale_by_a_power_of_two_changes_no_bit(shape, dtype, order, seed, power, activation):
-    """y of 2^k x with 4^k eps is y of x; dx is 2^-k as large."""
+    """y of 2^k x with 4^k eps is y of x; dx is 2^-k as large. (k > 0: denormals of float16 have no bits to give.)"""
     problem = make_problem(shape, dtype, order=order, seed=seed)
     scale = dtype.type(2.0**power)
     results = []
