@@ -15,7 +15,8 @@ WHEEL := $$(ls dist/fastbn-*.whl)
 SOURCES := setup.py pyproject.toml MANIFEST.in README.md LICENSE $(shell find src_c fastbn -type f \
 	! -path '*/__pycache__/*' ! -name '*.so' ! -name _build.json ! -name _core.c)
 
-.PHONY: help demo test test-long test-arm test-cuda asan lint format bench bench-cuda bench-quick develop clean
+.PHONY: help demo test test-long test-arm test-cuda test-valgrind asan lint format bench bench-cuda bench-quick develop \
+	clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -36,7 +37,11 @@ test-long: $(VENV)/.test  ## the tests that draw their cases at random, a hundre
 # setup.py, which knows how kernels are compiled, needs setuptools.
 test-arm: $(VENV)/.venv  ## the kernels on aarch64, emulated by qemu: the bits that they give here
 	$(PIP) install 'setuptools>=77'
-	$(BIN)/python tests/arm.py
+	$(BIN)/python tests/emulated.py arm
+
+test-valgrind: $(VENV)/.venv  ## the kernels under valgrind: nothing depends on memory that nobody has written
+	$(PIP) install 'setuptools>=77'
+	$(BIN)/python tests/emulated.py valgrind
 
 # The sanitizers' library must be loaded before Python; torch does not run under it, and leaks of Python are not ours.
 asan: $(VENV)/.test  ## the tests of kernels and arguments on a build with the address and undefined-behaviour sanitizers
@@ -85,7 +90,7 @@ clean:  ## remove all that make and builds have made
 
 ASAN_TESTS = $(addprefix tests/test_,$(addsuffix .py,forward backward bits guard_pages layouts inplace_and_out \
 	running_stats stats validation fuzz))
-LONG_TESTS = $(addprefix tests/test_,$(addsuffix .py,fuzz))
+LONG_TESTS = $(addprefix tests/test_,$(addsuffix .py,bits fuzz memory properties))
 CUDA_TESTS = $(addprefix tests/test_,$(addsuffix .py,cuda cuda_plan cuda_machine_code forward backward layouts \
 	inplace_and_out running_stats layers large))
 C_FILES = $(shell find src_c tests -name '*.[ch]' -o -name '*.inc')

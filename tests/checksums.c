@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Prints a checksum of what each kernel makes of the same data, one line for each ISA of this machine, dtype, family,
-// kernel and activation. tests/test_arm.py compares the lines of different machines.
+// kernel and activation. tests/emulated.py compares the lines of different machines.
 //
 // Data are random bits of moderate exponents; "hostile" data have denormals, infinities and NaN too.
 #include "fastbn.h"

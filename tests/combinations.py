@@ -100,10 +100,10 @@ def activation_slope(problem: Problem, activation: str) -> Any:
     return fastbn.reference.ACTIVATIONS[activation][1](v.astype(np.float64), fastbn.reference.NEGATIVE_SLOPE)
 
 
-def run(problem: Problem, activation: str, isa: str, threads: int) -> dict[str, Any]:
-    """Forward and backward; every result by name."""
+def run(problem: Problem, activation: str, isa: str, threads: int, **options: Any) -> dict[str, Any]:
+    """Forward (with these options) and backward; every result by name."""
     with fastbn.runtime.isa(isa):
-        y, cache = problem.forward(activation, num_threads=threads)
+        y, cache = problem.forward(activation, num_threads=threads, **options)
         gradients = fastbn.batchnorm_backward(problem.dy, cache, num_threads=threads)
     dx, dgamma, dbeta = gradients
     results = {"y": y, "mean": cache.mean, "rstd": cache.rstd, "dx": dx, "dgamma": dgamma, "dbeta": dbeta}
