@@ -12,6 +12,7 @@ from .errors import (
     ShapeError,
     SingleValueError,
 )
+from .folding import fold_into_conv
 from .functional import (
     BatchNormCache,
     Gradients,
@@ -61,6 +62,7 @@ __all__ = [
     "cache_info",
     "cuda",
     "empty_cache",
+    "fold_into_conv",
     "get_num_threads",
     "memory",
     "reference",

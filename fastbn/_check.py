@@ -271,10 +271,12 @@ def _is_float(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "f" or (dtype.kind == "V" and dtype.names is None and np.can_cast(dtype, np.float64))
 
 
-def _parameter(name: str, value: Any, channels: int) -> Array:
+def parameter(name: str, value: Any, channels: int, owner: str = "x") -> Array:
+    """A value for each channel of `owner`, of any float dtype."""
     vector = array(name, value)
     if vector.shape != (channels,):
-        raise ShapeError(f"{name}: expected shape ({channels},) for the {channels} channels of x, got {vector.shape}")
+        expected = f"shape ({channels},) for the {channels} channels of {owner}"
+        raise ShapeError(f"{name}: expected {expected}, got {vector.shape}")
     if not _is_float(vector.dtype):
         raise DTypeError(f"{name}: expected a floating-point dtype, got {vector.dtype}")
     return vector
@@ -284,7 +286,7 @@ def _running(name: str, value: Any, channels: int, update: bool) -> Array:
     """A running statistic; one that will be updated must be an array that can be written."""
     if update and not isinstance(value, np.ndarray):
         raise ArgumentError(f"{name}: expected an ndarray, which training updates in place, got {type(value).__name__}")
-    vector = _parameter(name, value, channels)
+    vector = parameter(name, value, channels)
     if update and not vector.flags.writeable:
         raise ReadOnlyError(f"{name}: expected a writable array, which training updates in place, got a read-only one")
     return vector
@@ -295,8 +297,8 @@ def vectors(gamma: Any, beta: Any, running_mean: Any, running_var: Any, channels
     if _core.are_plain_vectors((gamma, beta, running_mean, running_var), channels):  # what almost all callers have
         return gamma, beta, running_mean, running_var
     return (
-        None if gamma is None else _parameter("gamma", gamma, channels),
-        None if beta is None else _parameter("beta", beta, channels),
+        None if gamma is None else parameter("gamma", gamma, channels),
+        None if beta is None else parameter("beta", beta, channels),
         None if running_mean is None else _running("running_mean", running_mean, channels, update),
         None if running_var is None else _running("running_var", running_var, channels, update),
     )
