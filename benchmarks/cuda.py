@@ -2,9 +2,9 @@
 
     python benchmarks/cuda.py --output benchmarks/results/cuda.json [--quick]
 
-Needs PyTorch with CUDA. Device time is that between two events around `CALLS` calls, after as many untimed; wall time is
-the host's, with a wait at the end. Contenders take turns in random order; medians of `rounds` rounds. Bytes are those
-that must move: two reads and a write for forward, a read and a write for inference, four reads and a write for
+Needs PyTorch with CUDA. Device time is that between two events around `CALLS` calls, after as many untimed; wall time
+is the host's, with a wait at the end. Contenders take turns in random order; medians of `rounds` rounds. Bytes are
+those that must move: two reads and a write for forward, a read and a write for inference, four reads and a write for
 backward; the share is their time at the copy speed measured in the same round over the time taken.
 """
 
@@ -124,8 +124,14 @@ def main():
                             taken[name].append(seconds(functions[name]))
                     copies = [device for device, _ in taken["copy"]]
                     least = OPERATIONS[operation] / 2
-                    case = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "layout": layout,
-                            "operation": operation, "bytes": OPERATIONS[operation] * nbytes, "contenders": {}}  # fmt: skip
+                    case = {
+                        "shape": shape,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "layout": layout,
+                        "operation": operation,
+                        "bytes": OPERATIONS[operation] * nbytes,
+                        "contenders": {},
+                    }
                     for name, times in taken.items():
                         device, wall = zip(*times, strict=True)
                         shares = [least * copy / one for copy, one in zip(copies, device, strict=True)]

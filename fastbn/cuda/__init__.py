@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import DeviceError
 
-__all__ = ["description", "is_available", "stream", "why_not"]
+__all__ = ["description", "is_available", "require", "stream", "why_not"]
 
 
 _works = False
