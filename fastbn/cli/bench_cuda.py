@@ -15,7 +15,7 @@ CALLS = 20
 NOTES = """\
 float32, arrays that stay on the GPU; medians of {repeats} repeats of {calls} calls. Device time is between two events
 on the GPU, wall time is that of the host until all is done. GB/s counts what must move: x read and y written; in the
-backward pass x and dy read and dx written; training reads its inputs twice. The copy is of x, in turns with the rest."""
+backward pass x and dy read and dx written; training reads its inputs twice. The copy of x takes turns with them."""
 
 
 def seconds(function: Callable[[], object]) -> tuple[float, float]:
