@@ -15,7 +15,8 @@ WHEEL := $$(ls dist/fastbn-*.whl)
 SOURCES := setup.py pyproject.toml MANIFEST.in README.md LICENSE $(shell find src_c fastbn -type f \
 	! -path '*/__pycache__/*' ! -name '*.so' ! -name _build.json ! -name _core.c)
 
-.PHONY: help demo test asan lint format bench bench-quick develop clean
+.PHONY: help demo test test-long test-arm test-cuda test-valgrind asan lint format bench bench-cuda bench-quick develop \
+	clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -30,11 +31,33 @@ test: export FASTBN_WERROR ?= 1
 test: $(VENV)/.test  ## build the sdist, the wheel from it, and run all tests on the installed wheel
 	FASTBN_TEST_WHEEL=1 $(BIN)/pytest $(PYTEST)
 
+test-long: $(VENV)/.test  ## the tests that draw their cases at random, a hundred times as many (about half an hour)
+	FASTBN_TEST_WHEEL=1 FASTBN_TEST_LONG=1 $(BIN)/pytest $(PYTEST) $(LONG_TESTS)
+
+# setup.py, which knows how kernels are compiled, needs setuptools.
+test-arm: $(VENV)/.venv  ## the kernels on aarch64, emulated by qemu: the bits that they give here
+	$(PIP) install 'setuptools>=77'
+	$(BIN)/python tests/emulated.py arm
+
+test-valgrind: $(VENV)/.venv  ## the kernels under valgrind: nothing depends on memory that nobody has written
+	$(PIP) install 'setuptools>=77'
+	$(BIN)/python tests/emulated.py valgrind
+
 # The sanitizers' library must be loaded before Python; torch does not run under it, and leaks of Python are not ours.
 asan: $(VENV)/.test  ## the tests of kernels and arguments on a build with the address and undefined-behaviour sanitizers
 	FASTBN_SANITIZE=address,undefined $(PIP) install --upgrade --no-deps --target build/asan .
 	PYTHONPATH=build/asan LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=halt_on_error=1 $(BIN)/pytest -n 2 $(ASAN_TESTS)
+
+# The GPU as the default device of the tests that hold on any device; numba-cuda's simulator stays off.
+test-cuda: $(VENV)/.test  ## all of that runs on a GPU, on one (needs an NVIDIA driver for CUDA 13)
+	$(PIP) install "$(WHEEL)[cuda]"
+	$(BIN)/python -c 'import fastbn; fastbn.show_config(); fastbn.cuda.require()'
+	FASTBN_TEST_WHEEL=1 FASTBN_TEST_DEVICE=cuda $(BIN)/pytest $(CUDA_TESTS)
+
+bench-cuda: $(VENV)/.bench  ## fastbn, PyTorch and the copy speed on a GPU (needs PyTorch with CUDA); docs/cuda.md
+	$(PIP) install "$(WHEEL)[cuda]"
+	$(BIN)/python benchmarks/cuda.py --output benchmarks/results/cuda.json $(BENCH)
 
 lint: export FASTBN_WERROR ?= 1
 lint: $(VENV)/.lint  ## formats, style and types of Python, Cython, C
@@ -66,8 +89,11 @@ clean:  ## remove all that make and builds have made
 	find fastbn tests benchmarks \( -name '*.so' -o -name '*.pyc' \) -delete
 
 ASAN_TESTS = $(addprefix tests/test_,$(addsuffix .py,forward backward bits guard_pages layouts inplace_and_out \
-	running_stats stats validation))
-C_FILES = $(shell find src_c -name '*.[ch]' -o -name '*.inc')
+	running_stats stats validation fuzz))
+LONG_TESTS = $(addprefix tests/test_,$(addsuffix .py,bits fuzz memory properties))
+CUDA_TESTS = $(addprefix tests/test_,$(addsuffix .py,cuda cuda_plan cuda_machine_code forward backward layouts \
+	inplace_and_out running_stats layers large))
+C_FILES = $(shell find src_c tests -name '*.[ch]' -o -name '*.inc')
 
 # Stamps: each says that .venv holds something.
 

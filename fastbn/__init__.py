@@ -1,12 +1,13 @@
 """Batch normalization for NumPy arrays at the speed of memory: training, inference and backward."""
 
-from . import memory, reference, runtime
+from . import cuda, memory, reference, runtime
 from .errors import (
     AliasError,
     ArgumentError,
     DeviceError,
     DTypeError,
     FastBNError,
+    NonFiniteError,
     ReadOnlyError,
     ShapeError,
     SingleValueError,
@@ -43,6 +44,7 @@ __all__ = [
     "DeviceError",
     "FastBNError",
     "Gradients",
+    "NonFiniteError",
     "ReadOnlyError",
     "ShapeError",
     "SingleValueError",
@@ -58,6 +60,7 @@ __all__ = [
     "batchnorm_forward",
     "batchnorm_stats",
     "cache_info",
+    "cuda",
     "empty_cache",
     "fold_into_conv",
     "get_num_threads",

@@ -18,13 +18,22 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _core, _layout, runtime
-from .errors import AliasError, ArgumentError, DeviceError, DTypeError, ReadOnlyError, ShapeError, SingleValueError
+from .errors import (
+    AliasError,
+    ArgumentError,
+    DTypeError,
+    NonFiniteError,
+    ReadOnlyError,
+    ShapeError,
+    SingleValueError,
+)
 
 Array: TypeAlias = npt.NDArray[Any]
 Vectors: TypeAlias = tuple[Array | None, Array | None, Array | None, Array | None]
 Result = TypeVar("Result")
 
 DEVICES = ("cpu", "cuda")
+NAN_GUARDS = ("propagate", "skip", "raise")
 NEGATIVE_SLOPE = 0.01  # of leaky_relu, as in PyTorch
 # For np.shares_memory, whose worst case is exponential; its stub knows two values only.
 _MAX_WORK: Any = 10_000
@@ -54,12 +63,15 @@ def _remembered(check: Callable[..., Result]) -> Callable[..., Result]:
 # Plain values
 
 
-def device(value: Any) -> None:
-    """Only the CPU, in this version."""
+def device(value: Any) -> bool:
+    """Whether to compute on the GPU, which must be usable."""
     if isinstance(value, str) and value == "cpu":
-        return
+        return False
     if isinstance(value, str) and value in DEVICES:
-        raise DeviceError(f"device: the {value!r} backend is not installed in this version of fastbn; use device='cpu'")
+        from . import cuda
+
+        cuda.require()
+        return True
     raise ArgumentError(f"device: expected one of {_listed(DEVICES)}, got {value!r}")
 
 
@@ -101,7 +113,7 @@ def activation(value: Any) -> tuple[int, float]:
     name, slope = value, NEGATIVE_SLOPE
     if isinstance(value, tuple) and len(value) == 2 and value[0] == "leaky_relu":
         name, slope = value
-        if not isinstance(slope, (float, int, np.floating, np.integer)) or not math.isfinite(slope):
+        if not math.isfinite(_real(slope)):
             raise ArgumentError(f"activation: expected a finite slope in ('leaky_relu', slope), got {value!r}")
     if name is None:
         name = runtime.activations()[0]
@@ -126,9 +138,16 @@ def training(value: Any, has_mean: bool, has_var: bool) -> bool:
     return use_batch
 
 
+def nan_guard(value: Any) -> str:
+    """What running statistics do with a batch whose own are not finite."""
+    if isinstance(value, str) and value in NAN_GUARDS:
+        return value
+    raise ArgumentError(f"nan_guard: expected one of {_listed(NAN_GUARDS)}, got {value!r}")
+
+
 def num_threads(value: Any) -> int | None:
     """None or a number of threads."""
-    return None if value is None else runtime.check_num_threads(value)
+    return None if value is None else runtime.check_count("num_threads", value)
 
 
 class Options(NamedTuple):
@@ -139,12 +158,13 @@ class Options(NamedTuple):
     momentum: float
     eps: float
     unbiased: bool
+    nan_guard: str
     activation: tuple[int, float]
 
 
 @_remembered
 def options(
-    has_mean: bool, has_var: bool, use_batch: Any, weight: Any, epsilon: Any, corrected: Any, fused: Any
+    has_mean: bool, has_var: bool, use_batch: Any, weight: Any, epsilon: Any, corrected: Any, guard: Any, fused: Any
 ) -> Options:
     """All of them; whether there are running statistics decides what `training` may be."""
     use_batch = training(use_batch, has_mean, has_var)
@@ -154,6 +174,7 @@ def options(
         momentum=momentum(weight),
         eps=eps(epsilon, use_batch),
         unbiased=boolean("unbiased", corrected),
+        nan_guard=nan_guard(guard),
         activation=activation(fused),
     )
 
@@ -162,12 +183,25 @@ def options(
 # x and its axes
 
 
+def is_on_gpu(value: Any) -> bool:
+    """Whether a value is an array in the memory of a GPU."""
+    try:
+        return hasattr(value, "__cuda_array_interface__")
+    except RuntimeError:  # PyTorch's answer for a tensor that records gradients; one on the CPU has no such attribute
+        return True
+
+
 def array(name: str, value: Any) -> Array:
     """Any array_like as a plain ndarray, without copying one."""
     if type(value) is np.ndarray:
         return value
     if isinstance(value, np.ma.MaskedArray):
         raise ArgumentError(f"{name}: expected an array without a mask, got a masked array; its mask would be ignored")
+    if is_on_gpu(value):
+        raise ArgumentError(
+            f"{name}: expected a NumPy array or what converts to one, got {type(value).__name__} on the GPU; pass "
+            "device='cuda' and all arrays on the GPU, or move it to the host"
+        )
     try:
         return np.asarray(value)
     except ValueError as error:
@@ -268,6 +302,27 @@ def vectors(gamma: Any, beta: Any, running_mean: Any, running_var: Any, channels
         None if running_mean is None else _running("running_mean", running_mean, channels, update),
         None if running_var is None else _running("running_var", running_var, channels, update),
     )
+
+
+def finite_statistics(mean: Array, var: Array) -> None:
+    """Those of the batch; named are the first channels that are not."""
+    broken = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(var)))
+    if broken.size:
+        names = ", ".join(map(str, broken[:8])) + (", ..." if broken.size > 8 else "")
+        raise NonFiniteError(
+            f"x: expected finite statistics in every channel (nan_guard='raise'), got NaN or Inf in {broken.size} of "
+            f"{mean.size} channels: {names}"
+        )
+
+
+def statistic(name: str, value: Any) -> npt.NDArray[np.float64]:
+    """Real numbers, one for each channel, as float64."""
+    vector = array(name, value)
+    if vector.ndim != 1:
+        raise ShapeError(f"{name}: expected shape (C,), got {vector.shape}")
+    if not np.can_cast(vector.dtype, np.float64, "same_kind"):
+        raise DTypeError(f"{name}: expected a dtype that converts to float64, got {vector.dtype}")
+    return vector.astype(np.float64, copy=False)
 
 
 def companion(name: str, value: Any, x: Array) -> Array:
@@ -388,9 +443,7 @@ def out_apart(
 
 def num_features(value: Any) -> int:
     """At least one channel."""
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1:
-        return int(value)
-    raise ArgumentError(f"num_features: expected an integer >= 1, got {value!r}")
+    return runtime.check_count("num_features", value, runtime.MAX_BYTES)
 
 
 def parameter_dtype(value: Any) -> np.dtype[Any]:

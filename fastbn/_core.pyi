@@ -45,6 +45,9 @@ def dtypes() -> tuple[tuple[str, str], ...]:
 def activations() -> tuple[tuple[str, bool], ...]:
     """(name, whether its gradient needs the argument and not only a bit of it); the first is "identity"."""
 
+def activation_formulas() -> tuple[tuple[str, str, str, str], ...]:
+    """Of every activation, as src_c/activations.def has them: y, open, and the gradients where open and where shut."""
+
 def mask_nbytes(planar: bool, shape: _Shape) -> int:
     """Bytes of the mask that `forward` fills when an activation follows a residual."""
 
@@ -72,11 +75,16 @@ def forward(
     training: bool,
     momentum: float,
     unbiased: bool,
+    counter: npt.NDArray[np.int64] | None,
+    finite_only: bool,
+    finite_first: bool,
 ) -> _Float64Array:
     """Write y; return the statistics.
 
-    Training takes them from x, and updates running vectors if there are some: computed in float64 and rounded once.
-    Inference takes them from the running vectors. All vectors are converted in the default floating-point mode.
+    Training takes them from x, and updates running vectors if there are some: computed in float64 and rounded once,
+    both or none, and `counter` with them. `finite_only`: not with statistics that are not finite; `finite_first`: nor
+    is y written then. Inference takes them from the running vectors. All vectors are converted in the default
+    floating-point mode.
     """
 
 def backward(

@@ -7,6 +7,7 @@ Callers have checked every argument; nothing here does.
 
 cimport numpy as cnp
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int64_t, uint64_t
 
@@ -84,6 +85,8 @@ cdef extern from "fastbn.h" nogil:
     int fastbn_activation_count()
     const char *fastbn_activation_name(int index)
     int fastbn_activation_of_v(int index)
+    const int FASTBN_FORMULAS
+    const char *fastbn_activation_formula(int index, int formula)
     int64_t fastbn_mask_stride(int64_t columns)
     uint64_t fastbn_enter()
     void fastbn_leave(uint64_t saved)
@@ -162,6 +165,11 @@ def dtypes():
 
 def activations():
     return tuple([(fastbn_activation_name(i).decode(), bool(fastbn_activation_of_v(i)))
+                  for i in range(fastbn_activation_count())])
+
+
+def activation_formulas():
+    return tuple([tuple([fastbn_activation_formula(i, k).decode() for k in range(FASTBN_FORMULAS)])
                   for i in range(fastbn_activation_count())])
 
 
@@ -251,14 +259,13 @@ cdef double *load(double *to, cnp.ndarray vector) except NULL:
 
 
 cdef int store(cnp.ndarray vector, cnp.ndarray values) except -1:
-    """Round float64 to the dtype of a vector. What is too large for it becomes Inf, without a warning."""
+    """Write float64 to a vector, rounded; to one that is not direct, values of its own dtype."""
     cdef int64_t i, stride = cnp.PyArray_STRIDE(vector, 0)
     cdef const double *value = <const double *>cnp.PyArray_DATA(values)
     cdef char *place = <char *>cnp.PyArray_DATA(vector)
     if not is_direct(vector):
-        with numpy.errstate(all="ignore"):
-            vector[...] = values
-    elif cnp.PyArray_TYPE(vector) == cnp.NPY_FLOAT:
+        return cnp.PyArray_CopyInto(vector, values)
+    if cnp.PyArray_TYPE(vector) == cnp.NPY_FLOAT:
         for i in range(cnp.PyArray_DIM(vector, 0)):
             (<float *>(place + i * stride))[0] = <float>value[i]
     else:
@@ -267,22 +274,26 @@ cdef int store(cnp.ndarray vector, cnp.ndarray values) except -1:
     return 0
 
 
-cdef int update(cnp.ndarray running, const double *batch, double divisor, double momentum) except -1:
-    """running = (1 - momentum) * running + momentum * batch / divisor, rounded once."""
+cdef cnp.ndarray updated(cnp.ndarray running, const double *batch, double divisor, double momentum):
+    """(1 - momentum) * running + momentum * batch / divisor, as `store` wants it for running."""
     cdef int64_t i, channels = cnp.PyArray_DIM(running, 0)
-    cdef cnp.ndarray updated = zeros(channels, FLOAT64)
-    cdef double *r = load(<double *>cnp.PyArray_DATA(updated), running)
+    cdef cnp.ndarray values = zeros(channels, FLOAT64)
+    cdef double *r = load(<double *>cnp.PyArray_DATA(values), running)
     for i in range(channels):
         r[i] = (1 - momentum) * r[i] + momentum * (batch[i] / divisor)
-    return store(running, updated)
+    return values if is_direct(running) else rounded(values, running.dtype)
 
 
 cdef rounded(cnp.ndarray values, dtype):
-    """The values in this dtype; None for None."""
+    """The values in this dtype, None for None. What is too large for it becomes Inf, without a warning."""
     if dtype is None:
         return None
     cdef cnp.ndarray vector = zeros(cnp.PyArray_DIM(values, 0), dtype)
-    store(vector, values)
+    if is_direct(vector):
+        store(vector, values)
+    else:
+        with numpy.errstate(all="ignore"):
+            vector[...] = values
     return vector
 
 
@@ -300,10 +311,10 @@ def statistics(int isa, int dtype, int threads, bint planar, tuple shape, tuple 
 
 def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, tuple residual, tuple y, mask,
             tuple activation, gamma, beta, running_mean, running_var, double eps, bint training,
-            momentum, bint unbiased):
+            momentum, bint unbiased, counter, bint finite_only, bint finite_first):
     cdef Job job = new_job(isa, dtype, threads, planar, shape, x)
     cdef cnp.npy_intp *extents = [STATISTICS_ROWS, job.channels]
-    cdef cnp.ndarray statistics = cnp.PyArray_ZEROS(2, extents, cnp.NPY_DOUBLE, 0)
+    cdef cnp.ndarray statistics = cnp.PyArray_ZEROS(2, extents, cnp.NPY_DOUBLE, 0), new_mean, new_var
     cdef double *rows = <double *>cnp.PyArray_DATA(statistics)
     cdef int64_t count = job.outer * job.inner
     cdef uint64_t saved = fastbn_enter()
@@ -317,6 +328,7 @@ def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, 
         job.eps = eps
         job.statistics = rows
         job.training = training
+        job.finite_first = finite_first
         job.finish = finish_forward
         job.map = job.kernels.apply[planar]
         job.map_beside_reduce = job.kernels.apply_beside_stats
@@ -327,12 +339,18 @@ def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, 
             load(rows + STATISTICS_MEAN * job.channels, running_mean)
             load(rows + STATISTICS_VAR * job.channels, running_var)
         carry_out(&job)
-        if training and running_mean is not None and count > 0:
-            update(running_mean, rows + STATISTICS_MEAN * job.channels, 1, momentum)
+        if training and running_mean is not None and count > 0 and not (finite_only and not all_finite(&job)):
+            new_mean = updated(running_mean, rows + STATISTICS_MEAN * job.channels, 1, momentum)
             if unbiased:
-                update(running_var, rows + STATISTICS_M2 * job.channels, <double>(count - 1), momentum)
+                new_var = updated(running_var, rows + STATISTICS_M2 * job.channels, <double>(count - 1), momentum)
             else:
-                update(running_var, rows + STATISTICS_VAR * job.channels, 1, momentum)
+                new_var = updated(running_var, rows + STATISTICS_VAR * job.channels, 1, momentum)
+            # All that can fail or be interrupted comes before the first of them is written.
+            PyErr_CheckSignals()
+            if counter is not None:
+                counter += 1
+            store(running_mean, new_mean)
+            store(running_var, new_var)
     finally:
         fastbn_leave(saved)
     return statistics

@@ -86,6 +86,18 @@ cdef bint finish_forward(Job *job, int64_t channel, bint again) noexcept nogil:
     return False
 
 
+cdef bint all_finite(Job *job) noexcept nogil:
+    """Whether the mean and the variance of every channel are."""
+    cdef int64_t channel
+    cdef double mean, var
+    for channel in range(job.channels):
+        mean = job.statistics[STATISTICS_MEAN * job.channels + channel]
+        var = job.statistics[STATISTICS_VAR * job.channels + channel]
+        if mean - mean != 0 or var - var != 0:
+            return False
+    return True
+
+
 cdef bint finish_backward(Job *job, int64_t channel, bint again) noexcept nogil:
     """dgamma, dbeta and the coefficients of dx. The sums are of e = g - shift and of e * (x - mean_hi); as the
     deviations x - mean add to zero, sum(e * (x - mean)) is sum(g * (x - mean)), and an offset of g costs no digits."""

@@ -35,6 +35,7 @@ cdef struct Job:
     double negative_slope
     bint training
     bint statistics_only
+    bint finite_first  # no map unless all statistics are finite
     double eps
     Finish finish
     fastbn_kernel *reduce  # NULL: the statistics are given
@@ -488,7 +489,7 @@ cdef void cut(Job *job) noexcept nogil:
         else:
             job.rows_per_block = min(job.outer, planar_block // job.inner)
         job.blocks = job.segments * ceil_div(job.outer, job.rows_per_block)
-        job.by_channel = job.reduce != NULL and balanced(job.channels, job.threads)
+        job.by_channel = job.reduce != NULL and not job.finite_first and balanced(job.channels, job.threads)
         values = job.outer * job.inner if job.by_channel else job.rows_per_block * min(job.inner, planar_block)
         unit = UNIT_BYTES if job.by_channel else PHASE_UNIT_BYTES
         job.group = max(1, min(unit // (values * job.kernels.itemsize), job.channels // job.threads))
@@ -566,7 +567,7 @@ cdef void run_in_phases(Job *job) noexcept nogil:
     if job.reduce != NULL and any_redo(job, 0, job.channels):
         reduce_phase(job)  # channels that keep their shift get the same sums again
         phase(job, finish_redone, job.channels, finishers)
-    if job.map != NULL:
+    if job.map != NULL and not (job.finite_first and not all_finite(job)):
         phase(job, map_units, job.map_units, job.threads)
 
 

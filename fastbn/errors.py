@@ -6,6 +6,7 @@ __all__ = [
     "DTypeError",
     "DeviceError",
     "FastBNError",
+    "NonFiniteError",
     "ReadOnlyError",
     "ShapeError",
     "SingleValueError",
@@ -38,6 +39,10 @@ class AliasError(FastBNError, ValueError):
 
 class DTypeError(FastBNError, TypeError):
     """The data type of an array is not supported."""
+
+
+class NonFiniteError(FastBNError, FloatingPointError):
+    """The batch would bring NaN or Inf into running statistics, which ``nan_guard="raise"`` forbids."""
 
 
 class DeviceError(FastBNError, RuntimeError):

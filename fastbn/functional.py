@@ -71,7 +71,7 @@ def batchnorm(
     array([[-1.,  0.],
            [ 1.,  0.]])
     """
-    values = _check.array("x", x)
+    values = _engine.source(x, options)
     return _engine.forward(values, gamma, beta, _check.axis(axis, values.ndim), False, options)[0]
 
 
@@ -88,7 +88,7 @@ def batchnorm1d(
 
     The layout is "NC" (rank 2), "NCL" or "NLC" (rank 3); None means "NC" for rank 2 and "NCL" for rank 3.
     """
-    values = _check.array("x", x)
+    values = _engine.source(x, options)
     return _engine.forward(values, gamma, beta, _check.axis_of_layout(values.ndim, 1, layout), False, options)[0]
 
 
@@ -129,6 +129,11 @@ def batchnorm2d(
     unbiased : bool
         Whether `running_var` gets the variance times ``n / (n - 1)`` (the paper, PyTorch) or as it is (Keras, Flax,
         ONNX).
+    nan_guard : {"propagate", "skip", "raise"}
+        What running statistics do with a batch whose mean or variance is NaN or Inf in some channel. "propagate": take
+        it (as PyTorch), so that these channels are lost from then on. "skip": take nothing from such a batch, in any
+        channel, as if it had been empty; y is what it always is. "raise": `NonFiniteError`; with `out`, which is not
+        written then either, `x` is read from memory once more.
     activation : str or (str, float), optional
         One of ``fastbn.runtime.activations()``: "relu", "leaky_relu" (slope 0.01; another one as ``("leaky_relu",
         slope)``), "relu6", "hardsigmoid", "hardswish". None is "identity".
@@ -139,7 +144,8 @@ def batchnorm2d(
         `batchnorm*_forward` refuse an `out` that overlaps what backward still needs: `x`, and the `residual` of
         hardswish.
     device : {"cpu", "cuda"}
-        "cuda" raises `DeviceError` where that backend is not installed.
+        Where to compute. With "cuda" NumPy arrays are transferred to the GPU and back, and arrays on the GPU (all or
+        none of them) stay there; see docs/cuda.md. `DeviceError` where there is no usable GPU.
     num_threads : int, optional
         Exactly so many threads; see `fastbn.runtime` for the default.
 
@@ -154,14 +160,15 @@ def batchnorm2d(
     ------
     ShapeError, ArgumentError, SingleValueError, ReadOnlyError, AliasError
         All are also `ValueError`. After an error nothing has been written.
-    DTypeError, DeviceError
-        Also `TypeError` and `RuntimeError`.
+    DTypeError, DeviceError, NonFiniteError
+        Also `TypeError`, `RuntimeError` and `FloatingPointError`.
 
     Notes
     -----
     Reads `x` twice and writes `y` once. Statistics are float64 and exact to the last bits of float32 for offsets up
     to a million standard deviations. NaN and Inf stay in their channel. An empty batch gives an empty result and
-    changes no state.
+    changes no state. Running statistics are written last, all or none: not by a call that fails, nor by one that an
+    interrupt (Ctrl-C) has reached before that.
 
     References
     ----------
@@ -175,7 +182,7 @@ def batchnorm2d(
     >>> y.shape, y.dtype, round(float(y.mean()), 6)
     ((2, 1, 2, 2), dtype('float32'), 0.5)
     """
-    values = _check.array("x", x)
+    values = _engine.source(x, options)
     return _engine.forward(values, gamma, beta, _check.axis_of_layout(values.ndim, 2, layout), False, options)[0]
 
 
@@ -189,7 +196,7 @@ def batchnorm3d(
     **options: Unpack[Options],
 ) -> Array:
     """Normalize each channel of a batch of volumes; the layout is "NCDHW" or "NDHWC". See `batchnorm2d`."""
-    values = _check.array("x", x)
+    values = _engine.source(x, options)
     return _engine.forward(values, gamma, beta, _check.axis_of_layout(values.ndim, 3, layout), False, options)[0]
 
 
@@ -215,7 +222,7 @@ def batchnorm_forward(
     >>> dbeta
     array([3., 3.])
     """
-    values = _check.array("x", x)
+    values = _engine.source(x, options)
     return _engine.forward_with_cache(values, gamma, beta, _check.axis(axis, values.ndim), options)
 
 
@@ -229,7 +236,7 @@ def batchnorm1d_forward(
     **options: Unpack[Options],
 ) -> tuple[Array, BatchNormCache]:
     """`batchnorm1d` that also returns the cache for `batchnorm_backward`; see `batchnorm_forward`."""
-    values = _check.array("x", x)
+    values = _engine.source(x, options)
     axis = _check.axis_of_layout(values.ndim, 1, layout)
     return _engine.forward_with_cache(values, gamma, beta, axis, options)
 
@@ -244,7 +251,7 @@ def batchnorm2d_forward(
     **options: Unpack[Options],
 ) -> tuple[Array, BatchNormCache]:
     """`batchnorm2d` that also returns the cache for `batchnorm_backward`; see `batchnorm_forward`."""
-    values = _check.array("x", x)
+    values = _engine.source(x, options)
     axis = _check.axis_of_layout(values.ndim, 2, layout)
     return _engine.forward_with_cache(values, gamma, beta, axis, options)
 
@@ -259,7 +266,7 @@ def batchnorm3d_forward(
     **options: Unpack[Options],
 ) -> tuple[Array, BatchNormCache]:
     """`batchnorm3d` that also returns the cache for `batchnorm_backward`; see `batchnorm_forward`."""
-    values = _check.array("x", x)
+    values = _engine.source(x, options)
     axis = _check.axis_of_layout(values.ndim, 3, layout)
     return _engine.forward_with_cache(values, gamma, beta, axis, options)
 

@@ -40,7 +40,7 @@ class _BatchNorm:
         Whether there are running statistics. Without them evaluation uses the statistics of the batch too.
     layout : str, optional
         Meaning of the axes of x; None is the channels-first layout.
-    unbiased, activation, device, num_threads
+    unbiased, nan_guard, activation, device, num_threads
         As in `fastbn.batchnorm2d`.
     dtype : dtype
         Any float dtype, of parameters and running statistics. x may have another one.
@@ -50,7 +50,7 @@ class _BatchNorm:
     weight, bias : ndarray of shape (num_features,), or None if not affine
     running_mean, running_var : ndarray of shape (num_features,), or None if not tracked
     num_batches_tracked : ndarray of int64, shape (), or None if not tracked
-        Batches that have been seen in training; empty ones do not count.
+        Batches that the running statistics have taken; empty and skipped ones do not count.
     weight_grad, bias_grad : ndarray or None
         Set (not added to) by each `backward`.
     training : bool
@@ -70,6 +70,7 @@ class _BatchNorm:
         *,
         layout: str | None = None,
         unbiased: bool = True,
+        nan_guard: str = "propagate",
         activation: str | tuple[str, float] | None = None,
         dtype: npt.DTypeLike = np.float32,
         device: str = "cpu",
@@ -83,6 +84,7 @@ class _BatchNorm:
         _check.layout(self._dimensions, layout)
         self.layout = layout
         self.unbiased = _check.boolean("unbiased", unbiased)
+        self.nan_guard = _check.nan_guard(nan_guard)
         _check.activation(activation)
         self.activation = activation
         self.dtype = _check.parameter_dtype(dtype)
@@ -109,7 +111,7 @@ class _BatchNorm:
 
         Keeps what `backward` needs, in both modes; x itself by reference, so leave it unchanged until then.
         """
-        values = _check.array("x", x)
+        values = _engine.source(x, {"device": self.device})
         axis = _check.axis_of_layout(values.ndim, self._dimensions, self.layout)
         _check.channels(values.shape, axis, self.num_features)
         tracked = self.num_batches_tracked
@@ -123,15 +125,14 @@ class _BatchNorm:
             "momentum": momentum,
             "eps": self.eps,
             "unbiased": self.unbiased,
+            "nan_guard": self.nan_guard,
             "activation": self.activation,
             "residual": residual,
             "device": self.device,
             "num_threads": self.num_threads,
         }
-        y, self._cache = _engine.forward_with_cache(values, self.weight, self.bias, axis, options)
+        y, self._cache = _engine.forward_with_cache(values, self.weight, self.bias, axis, options, tracked)
         self._had_residual = residual is not None
-        if self.training and tracked is not None and values.size:
-            tracked += 1
         return y
 
     __call__ = forward
@@ -200,7 +201,7 @@ class _BatchNorm:
         for name, target in own.items():
             if name not in state:
                 continue
-            values = np.asarray(state[name])
+            values = _check.array(name, state[name])
             if values.shape != target.shape:
                 raise ShapeError(f"{name}: expected shape {target.shape}, got {values.shape}")
             if not np.can_cast(values.dtype, target.dtype, "same_kind"):
@@ -216,6 +217,8 @@ class _BatchNorm:
         options.append(f"track_running_stats={self.track_running_stats}")
         if self.layout is not None:
             options.append(f"layout={self.layout!r}")
+        if self.nan_guard != "propagate":
+            options.append(f"nan_guard={self.nan_guard!r}")
         if self.activation is not None:
             options.append(f"activation={self.activation!r}")
         return f"{type(self).__name__}({', '.join(options)})"

@@ -162,6 +162,7 @@ def batchnorm_forward(
     momentum: float = 0.1,
     eps: float = 1e-5,
     unbiased: bool = True,
+    nan_guard: str = "propagate",
     activation: str | tuple[str, float] | None = None,
     residual: npt.ArrayLike | None = None,
 ) -> tuple[Float64Array, Cache]:
@@ -174,8 +175,12 @@ def batchnorm_forward(
         count, mean, m2 = batch.count, batch.mean, batch.m2
         var = m2 / count if count else m2
         if running_mean is not None and running_var is not None and x.size:
-            update_running(running_mean, mean, momentum)
-            update_running(running_var, m2 / (count - 1) if unbiased else var, momentum)
+            finite = bool(np.isfinite(mean).all() and np.isfinite(var).all())
+            if nan_guard == "raise" and not finite:
+                raise FloatingPointError("the statistics of the batch are not finite")
+            if nan_guard == "propagate" or finite:
+                update_running(running_mean, mean, momentum)
+                update_running(running_var, m2 / (count - 1) if unbiased else var, momentum)
     else:
         mean, var = (np.array(values, np.float64) for values in (running_mean, running_var))
 

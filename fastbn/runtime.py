@@ -48,6 +48,8 @@ __all__ = [
 BYTES_PER_THREAD = 64 * 1024
 # More threads than any machine has; a request for more is a mistake that could exhaust the process limit of the system.
 MAX_THREADS = 4096
+# Likewise of bytes: what no processor can address.
+MAX_BYTES = 1 << 57
 
 ACTIVATION_INDEX = {name: index for index, (name, _needs_argument) in enumerate(_core.activations())}
 _DTYPE_INDEX = {name: index for index, (_code, name) in enumerate(_core.dtypes())}
@@ -114,7 +116,7 @@ def isa(name: str) -> Iterator[None]:
     >>> with fastbn.runtime.isa(fastbn.runtime.available_isas()[-1]):
     ...     y = fastbn.batchnorm([[1.0, 2.0], [3.0, 5.0]])
     """
-    if name not in _ISA_INDEX:
+    if not (isinstance(name, str) and name in _ISA_INDEX):
         raise ArgumentError(f"isa: expected one of {', '.join(map(repr, _ISA_INDEX))}, got {name!r}")
     token = _isa.set(_ISA_INDEX[name])
     try:
@@ -227,17 +229,17 @@ def choose_threads(num_threads: int | None, nbytes: int) -> int:
     return 1 if worthwhile < 2 else min(worthwhile, _default_threads()[0])
 
 
-def check_num_threads(value: Any, name: str = "num_threads") -> int:
-    """An integer from 1 to MAX_THREADS; True is not meant as 1."""
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 1 <= value <= MAX_THREADS:
+def check_count(name: str, value: Any, largest: int = MAX_THREADS) -> int:
+    """An integer from 1 to `largest`; True is not meant as 1."""
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 1 <= value <= largest:
         return int(value)
-    raise ArgumentError(f"{name}: expected an integer from 1 to {MAX_THREADS}, got {value!r}")
+    raise ArgumentError(f"{name}: expected an integer from 1 to {largest}, got {value!r}")
 
 
 def set_num_threads(n: int | None) -> None:
     """Set the default number of threads of the whole process; None goes back to the environment."""
     global _set_threads
-    _set_threads = None if n is None else check_num_threads(n, "n")
+    _set_threads = None if n is None else check_count("n", n)
 
 
 def get_num_threads() -> int:
@@ -256,7 +258,7 @@ def threads(n: int) -> Iterator[None]:
     ...     fastbn.get_num_threads()
     1
     """
-    token = _block_threads.set(check_num_threads(n, "n"))
+    token = _block_threads.set(check_count("n", n))
     try:
         yield
     finally:
@@ -284,17 +286,14 @@ def copy_speed(nbytes: int = 1 << 28, num_threads: int | None = None, repeats: i
     float
         Bytes read and bytes written per second, in 1e9, by plain or by streaming stores, whichever is faster.
     """
-    if isinstance(nbytes, bool) or not isinstance(nbytes, (int, np.integer)) or nbytes < 1:
-        raise ArgumentError(f"nbytes: expected an integer >= 1, got {nbytes!r}")
-    if isinstance(repeats, bool) or not isinstance(repeats, (int, np.integer)) or repeats < 1:
-        raise ArgumentError(f"repeats: expected an integer >= 1, got {repeats!r}")
-    count = choose_threads(None if num_threads is None else check_num_threads(num_threads), int(nbytes))
+    nbytes, repeats = check_count("nbytes", nbytes, MAX_BYTES), check_count("repeats", repeats, MAX_BYTES)
+    count = choose_threads(None if num_threads is None else check_count("num_threads", num_threads), nbytes)
     source: npt.NDArray[np.uint8] = np.ones(nbytes, np.uint8)
     destination: npt.NDArray[np.uint8] = np.full(nbytes, 2, np.uint8)  # written, so it exists before the clock runs
     best = 0.0
     for stream in (False, True):
         seconds = []
-        for _ in range(int(repeats) + 1):
+        for _ in range(repeats + 1):
             start = time.perf_counter()
             _core.copy(current_isa(), count, destination, source, stream)
             seconds.append(time.perf_counter() - start)
@@ -305,6 +304,8 @@ def copy_speed(nbytes: int = 1 << 28, num_threads: int | None = None, repeats: i
 
 def config() -> dict[str, str]:
     """What `show_config` prints, as a dictionary."""
+    from . import cuda
+
     count, reason = _default_threads()
     cache = memory.cache_info()
     return {
@@ -320,7 +321,7 @@ def config() -> dict[str, str]:
         "dtypes": ", ".join(dtypes()),
         "activations": ", ".join(activations()),
         "cache": f"{cache.idle_bytes >> 20} of at most {cache.limit >> 20} MiB of freed results kept",
-        "cuda": "not installed",
+        "cuda": cuda.description(),
     }
 
 

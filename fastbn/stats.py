@@ -33,9 +33,9 @@ class Stats:
     def __post_init__(self) -> None:
         if isinstance(self.count, bool) or not isinstance(self.count, (int, np.integer)) or self.count < 0:
             raise ArgumentError(f"count: expected an integer >= 0, got {self.count!r}")
-        mean, m2 = (np.asarray(values, np.float64) for values in (self.mean, self.m2))
-        if mean.ndim != 1 or mean.shape != m2.shape:
-            raise ShapeError(f"mean, m2: expected two arrays of shape (C,), got {mean.shape} and {m2.shape}")
+        mean, m2 = _check.statistic("mean", self.mean), _check.statistic("m2", self.m2)
+        if m2.shape != mean.shape:
+            raise ShapeError(f"m2: expected shape {mean.shape} as mean, got {m2.shape}")
         for name, value in (("count", int(self.count)), ("mean", mean), ("m2", m2)):
             object.__setattr__(self, name, value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,9 @@ ISAS = fastbn.runtime.available_isas()
 DTYPES = [dtype_of(name) for name in fastbn.runtime.dtypes()]
 ACTIVATIONS = fastbn.runtime.activations()
 THREADS = (1, 2, 3, 5, 8)
+
+# `make test-long` asks for more of the tests that draw their cases.
+LONG = os.environ.get("FASTBN_TEST_LONG", "0") not in ("", "0")
 
 each_isa = pytest.mark.parametrize("isa", ISAS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,10 +100,10 @@ def activation_slope(problem: Problem, activation: str) -> Any:
     return fastbn.reference.ACTIVATIONS[activation][1](v.astype(np.float64), fastbn.reference.NEGATIVE_SLOPE)
 
 
-def run(problem: Problem, activation: str, isa: str, threads: int) -> dict[str, Any]:
-    """Forward and backward; every result by name."""
+def run(problem: Problem, activation: str, isa: str, threads: int, **options: Any) -> dict[str, Any]:
+    """Forward (with these options) and backward; every result by name."""
     with fastbn.runtime.isa(isa):
-        y, cache = problem.forward(activation, num_threads=threads)
+        y, cache = problem.forward(activation, num_threads=threads, **options)
         gradients = fastbn.batchnorm_backward(problem.dy, cache, num_threads=threads)
     dx, dgamma, dbeta = gradients
     results = {"y": y, "mean": cache.mean, "rstd": cache.rstd, "dx": dx, "dgamma": dgamma, "dbeta": dbeta}

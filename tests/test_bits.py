@@ -3,13 +3,17 @@
 import shutil
 import subprocess
 import sysconfig
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
 
 import fastbn
 from combinations import (
+    ACTIVATIONS,
+    DTYPES,
     ISAS,
+    LONG,
     THREADS,
     each_activation_and_shape,
     each_dtype,
@@ -21,7 +25,7 @@ from combinations import (
     run,
     with_or_without_residual,
 )
-from problems import HOSTILE, MEMORY_ORDERS, SHAPES, assert_same_bits, make_hostile
+from problems import HOSTILE, MEMORY_ORDERS, SHAPES, assert_same_bits, finfo, make_hostile
 
 BIG_ENOUGH = [
     *(shape for shape in SHAPES if np.prod(shape) > shape[1]),
@@ -62,22 +66,23 @@ def test_bits_of_hostile_data(dtype, name, order):
             assert_same_bits(value, expected[key])
 
 
+def placed(array, offset):
+    """A copy in the same memory order, so many bytes behind a multiple of 64."""
+    room = np.zeros(array.nbytes + 128, np.uint8)
+    start = -room.ctypes.data % 64 + offset
+    flat = room[start : start + array.nbytes].view(array.dtype)
+    copy = np.lib.stride_tricks.as_strided(flat, array.shape, array.strides)
+    copy[...] = array
+    return copy
+
+
 @each_dtype
 @pytest.mark.parametrize("order", ["c-order", "channels-last"])
 def test_bits_do_not_depend_on_alignment(dtype, order):
     shape = (3, 20, 9, 5)
     problem = make_problem(shape, dtype, order=order, with_residual=True)
     expected = run(problem, "relu", ISAS[0], 2)
-
-    def placed(array, offset):
-        room = np.zeros(array.nbytes + 128, np.uint8)
-        start = -room.ctypes.data % 64 + offset
-        flat = room[start : start + array.nbytes].view(array.dtype)
-        copy = np.lib.stride_tricks.as_strided(flat, array.shape, array.strides)
-        copy[...] = array
-        return copy
-
-    for offset in range(0, 64, problem.x.itemsize):
+    for offset in range(64):  # those between elements are copied
         moved = problem._replace(**{key: placed(getattr(problem, key), offset) for key in ("x", "dy", "residual")})
         for isa in ISAS:
             for name, value in run(moved, "relu", isa, 2).items():
@@ -155,7 +160,8 @@ def test_bits_of_streamed_output(isa, dtype, axis, shape):
 
 @pytest.fixture(scope="module")
 def flush_to_zero(tmp_path_factory):
-    """A function that does what other libraries do: it sets flush-to-zero and denormals-are-zero in this thread."""
+    """What other libraries do: flush-to-zero and denormals-are-zero in this thread, for a `with` block. They must have
+    been left as they were found."""
     import ctypes
     import platform
 
@@ -169,7 +175,21 @@ def flush_to_zero(tmp_path_factory):
         "#include <xmmintrin.h>\nvoid set(unsigned v) { _mm_setcsr(v); }\nunsigned get(void) { return _mm_getcsr(); }\n"
     )
     subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "flush.so", source], check=True)
-    return ctypes.CDLL(str(folder / "flush.so"))
+    register = ctypes.CDLL(str(folder / "flush.so"))
+
+    @contextmanager
+    def flushing():
+        usual = register.get()
+        mode = usual | 0x8040
+        register.set(mode)
+        try:
+            yield
+            left = register.get()
+        finally:
+            register.set(usual)
+        assert left & 0xFFC0 == mode & 0xFFC0
+
+    return flushing
 
 
 @pytest.mark.parametrize("order", ["c-order", "channels-last"])
@@ -180,15 +200,41 @@ def test_bits_do_not_depend_on_flush_to_zero(flush_to_zero, order, threads):
     tiny = problem._replace(x=problem.x * np.float32(1e-42), dy=problem.dy * np.float32(1e-42))
     expected = [run(tiny, "relu", isa, threads) for isa in ISAS]
     assert np.abs(expected[0]["dx"]).max() > 0
-    usual = flush_to_zero.get()
-    mode = usual | 0x8040
-    flush_to_zero.set(mode)
-    try:
+    with flush_to_zero():
         flushed = [run(tiny, "relu", isa, threads) for isa in ISAS]
-        left = flush_to_zero.get()
-    finally:
-        flush_to_zero.set(usual)
-    assert left & 0xFFC0 == mode & 0xFFC0
     for before, after in zip(expected, flushed, strict=True):
         for name in before:
             assert_same_bits(after[name], before[name])
+
+
+@pytest.mark.parametrize("seed", range(10_000 if LONG else 500))
+def test_bits_of_a_drawn_call(request, seed):
+    """Everything at once that must not matter: threads, ISA, where each array begins, who gives the memory of the
+    result, flush-to-zero, a second time; against the plainest call."""
+    rng = np.random.default_rng(seed)
+    rank = int(rng.integers(2, 5))
+    shape = tuple(rng.choice([1, 2, 3, 5, 8, 16, 17, 40, 67][: 11 - rank], rank).tolist())
+    dtype, order = rng.choice(DTYPES), str(rng.choice(["c-order", "channels-last"]))
+    activation, training = str(rng.choice(ACTIVATIONS)), bool(rng.integers(2)) and np.prod(shape) > shape[1]
+    problem = make_problem(
+        shape,
+        dtype,
+        order=order,
+        with_residual=bool(rng.integers(2)),
+        training=training,
+        offset=float(rng.choice([0, 1.5, 100])),
+        seed=seed,
+    )
+    if rng.integers(4) == 0:
+        problem = problem._replace(x=(problem.x * finfo(dtype).smallest_normal).astype(dtype))
+    expected = run(problem, activation, ISAS[-1], 1)
+    arrays = {key: getattr(problem, key) for key in ("x", "dy", "residual")}
+    moved = {key: placed(array, int(rng.integers(64))) for key, array in arrays.items() if array is not None}
+    out = placed(expected["y"], int(rng.integers(64 // dtype.itemsize)) * dtype.itemsize) if rng.integers(2) else None
+    flush = request.getfixturevalue("flush_to_zero") if seed % 2 else nullcontext
+    isa, threads = str(rng.choice(ISAS)), int(rng.choice([1, 2, 3, 4, 7, 8, 16]))
+    for _ in range(2):
+        with flush():
+            results = run(problem._replace(**moved), activation, isa, threads, out=out)
+        for name, value in results.items():
+            assert_same_bits(value, expected[name])

@@ -41,6 +41,20 @@ def test_docs_links_lead_somewhere(page):
     assert not [link for link in links if not (page.parent / link).exists()]
 
 
+def test_docs_named_tests_exist():
+    """Also without the extras that a test needs: the files are read, not imported."""
+    pages = {page.name: page.read_text() for page in (ROOT / "docs").glob("*.md")}
+    missing = []
+    for file, test in re.findall(r"`(?:tests/)?(test_\w+\.py)(?:::(\w+))?`", "\n".join(pages.values())):
+        path = ROOT / "tests" / file
+        if not path.exists() or (test and f"\ndef {test}(" not in path.read_text()):
+            missing.append((file, test))
+    assert not missing
+    promises = re.findall(r"^\| (?!promise)(.+) \| (.*) \|$", pages["reliability.md"], re.M)
+    assert len(promises) > 30
+    assert [promise for promise, tests in promises if "::test_" not in tests and "make " not in tests] == []
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_docs_examples_of_public_modules_run(name):
     try:

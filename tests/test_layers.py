@@ -237,9 +237,43 @@ def test_layers_momentum_and_unbiased_reach_the_update():
     assert ulp_distance(layer.running_var, x.var(axis=0).astype(np.float32)).max() <= running_ulp()
 
 
+def test_layers_skip_a_batch_that_is_not_finite():
+    """As an empty one: the cumulative average is that of the others, and the count theirs."""
+    layer = fastbn.BatchNorm1d(3, momentum=None, nan_guard="skip", dtype=np.float64)
+    batches = [batch((8, 3), seed) for seed in range(3)]
+    batches[1][4, 1] = np.nan
+    for x in batches:
+        y = layer(x)
+        assert np.isnan(y).any(axis=0).tolist() == [False, bool(np.isnan(x).any()), False]
+        assert layer.backward(y).shape == x.shape
+    assert layer.num_batches_tracked == 2
+    expected = np.mean([x.astype(np.float64).mean(axis=0) for x in batches[::2]], axis=0)
+    np.testing.assert_allclose(layer.running_mean, expected, rtol=1e-12)
+
+
+def test_layers_raise_at_a_batch_that_is_not_finite_and_keep_their_state():
+    layer = fastbn.BatchNorm1d(3, nan_guard="raise")
+    x = batch((6, 3))
+    layer(x)
+    expected, before = layer.backward(x), {key: value.tobytes() for key, value in layer.state_dict().items()}
+    with pytest.raises(fastbn.NonFiniteError, match="got NaN or Inf in 3 of 3 channels: 0, 1, 2"):
+        layer(np.full((6, 3), np.inf, np.float32))
+    assert {key: value.tobytes() for key, value in layer.state_dict().items()} == before
+    assert_same_bits(layer.backward(x), expected)
+
+
+def test_layers_count_that_cannot_be_written_leaves_the_statistics():
+    layer = fastbn.BatchNorm1d(3)
+    layer.num_batches_tracked.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        layer(batch((6, 3)))
+    assert layer.running_mean.tolist() == [0, 0, 0] and layer.running_var.tolist() == [1, 1, 1]
+
+
 def test_layers_print_what_they_are():
     layer = fastbn.BatchNorm2d(3, layout="NHWC", activation="relu")
     assert repr(layer) == (
         "BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, "
         "layout='NHWC', activation='relu')"
     )
+    assert "nan_guard='skip'" in repr(fastbn.BatchNorm2d(3, nan_guard="skip"))

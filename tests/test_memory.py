@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import fastbn
+from combinations import LONG
 from fastbn import _core, memory
 from problems import assert_same_bits, make_random
 
@@ -378,6 +379,36 @@ def test_memory_fork_while_threads_allocate_does_not_hang():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_memory_of_many_calls_grows_by_a_megabyte_at_most():
+    """A hundred thousand calls: small ones, results that are recycled, both directions, statistics, errors."""
+    small, large = batch(shape=(2, 3, 4, 4)), batch(shape=(4, 64, 8, 8))
+    gamma, mean, var = np.ones(3, np.float32), np.zeros(3, np.float16), np.ones(3)
+
+    def work(rounds):
+        for _ in range(rounds):
+            y, cache = fastbn.batchnorm_forward(
+                small,
+                gamma,
+                gamma,
+                running_mean=mean,
+                running_var=var,
+                training=True,
+                activation="relu",
+                residual=small,
+            )
+            fastbn.batchnorm_backward(y, cache)
+            fastbn.batchnorm(large)
+            fastbn.batchnorm_stats(small)
+            with pytest.raises(fastbn.ShapeError):
+                fastbn.batchnorm(small, gamma[:2])
+
+    work(1000)
+    before, hits = resident(), fastbn.cache_info().hits
+    work(200_000 if LONG else 20_000)
+    assert resident() - before <= MIB
+    assert fastbn.cache_info().hits - hits >= 20_000
+
+
 def test_memory_does_not_leak():
     """Ten thousand small calls and a thousand of changing large shapes."""
     small, room = batch(shape=(2, 3, 4, 4)), batch(shape=(16, 16, 32, 32))

@@ -3,6 +3,9 @@
 import itertools
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,15 +16,12 @@ import fastbn
 from problems import assert_same_bits
 
 CHILDREN = 20
+SHAPE = (16, 24, 31, 17)
 
 
-def problem():
+def work(threads, shape=SHAPE):
     rng = np.random.default_rng(0)
-    return rng.standard_normal((16, 24, 31, 17)).astype("f4"), rng.standard_normal((16, 24, 31, 17)).astype("f4")
-
-
-def work(threads):
-    x, dy = problem()
+    x, dy = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
     y, cache = fastbn.batchnorm_forward(x, np.ones(24), np.zeros(24), activation="relu", num_threads=threads)
     return y, fastbn.batchnorm_backward(dy, cache, num_threads=threads).dx
 
@@ -92,20 +92,22 @@ def test_fork_from_another_thread_while_calls_run():
     assert not failures
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_eight_python_threads_get_the_bits_of_one(threads):
-    expected = work(1)
+@pytest.mark.parametrize(
+    ("callers", "calls", "threads", "shape"), [(8, 25, 2, SHAPE), (8, 25, 1, SHAPE), (32, 500, 1, (5, 24, 7, 9))]
+)
+def test_many_python_threads_get_the_bits_of_one(callers, calls, threads, shape):
+    expected = work(1, shape)
     failures = []
 
     def call():
         try:
-            for _ in range(25):
-                for actual, wanted in zip(work(threads), expected, strict=True):
+            for _ in range(calls):
+                for actual, wanted in zip(work(threads, shape), expected, strict=True):
                     assert_same_bits(actual, wanted)
         except AssertionError as error:
             failures.append(error)
 
-    callers = [threading.Thread(target=call) for _ in range(8)]
+    callers = [threading.Thread(target=call) for _ in range(callers)]
     for caller in callers:
         caller.start()
     for caller in callers:
@@ -134,10 +136,38 @@ def test_the_gil_is_released():
     assert max(b - a for a, b in itertools.pairwise(during)) < (end - start) / 2
 
 
-def test_spawned_process_honours_the_environment():
-    import subprocess
-    import sys
+def test_ctrl_c_ends_a_loop_of_calls():
+    """At once, with Python's own traceback, and the interpreter ends as it always does: no thread is waited for."""
+    code = """
+import numpy as np, fastbn
+x = np.ones((64, 64, 14, 14), np.float32)
+fastbn.batchnorm(x, num_threads=2)
+print("ready", flush=True)
+while True:
+    y, cache = fastbn.batchnorm_forward(x, num_threads=2)
+    fastbn.batchnorm_backward(y, cache, num_threads=2)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGINT
+    assert errors.splitlines()[-1] == "KeyboardInterrupt"
 
+
+def test_threadpoolctl_sees_our_threads():
+    pytest.importorskip("threadpoolctl")
+    code = "import threadpoolctl, fastbn; print([i['num_threads'] for i in threadpoolctl.threadpool_info() if {}])"
+    code = code.format("i['user_api'] == 'openmp'")
+    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ("[3]" if fastbn._core.OPENMP else "[]")
+
+
+def test_spawned_process_honours_the_environment():
     code = "import fastbn; print(fastbn.get_num_threads(), fastbn.runtime.config()['isa'])"
     isa = fastbn.runtime.available_isas()[-1]
     environment = {**os.environ, "FASTBN_NUM_THREADS": "3", "FASTBN_ISA": isa}

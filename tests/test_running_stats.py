@@ -1,11 +1,26 @@
 """Running statistics: the formula, dtypes, strides, when they change and when they must not."""
 
+import signal
+from ctypes import CDLL
+from functools import partial
+from operator import methodcaller
+
 import numpy as np
 import pytest
 
 import fastbn
-from fastbn import reference
-from problems import dtype_of, make_exact, make_parameters, make_random, ulp_distance
+from combinations import each_dtype, each_order
+from fastbn import _check, _core, reference
+from problems import (
+    MEMORY_ORDERS,
+    assert_same_bits,
+    dtype_of,
+    make_exact,
+    make_hostile,
+    make_parameters,
+    make_random,
+    ulp_distance,
+)
 from tolerances import running_ulp
 
 FLOATS = ("float16", "float32", "float64", "longdouble", "bfloat16")
@@ -123,3 +138,153 @@ def test_running_update_does_not_depend_on_threads():
         fastbn.batchnorm(x, running_mean=mean, running_var=var, training=True, num_threads=threads)
         results.append((mean.tobytes(), var.tobytes()))
     assert len(set(results)) == 1
+
+
+# Batches that are not finite, and calls that do not end well ---------------------------------------------------------
+
+GUARDS = _check.NAN_GUARDS
+
+
+def not_finite(name, shape, dtype, order):
+    return MEMORY_ORDERS[order](make_hostile(name, shape, 1, dtype, channel=1), 1)
+
+
+@pytest.mark.parametrize("name", ["nan", "nan-first", "inf", "minus-inf-first"])
+@each_order
+@each_dtype
+def test_running_guard_is_that_of_the_reference(dtype, order, name):
+    x = not_finite(name, (6, 4, 31), dtype, order)
+    for guard in GUARDS:
+        results = []
+        for module in (fastbn, reference):
+            mean, var = np.full(4, 0.5), np.full(4, 2.0)
+            options = {"running_mean": mean, "running_var": var, "training": True, "nan_guard": guard}
+            error = None
+            try:
+                module.batchnorm(x, **options)
+            except FloatingPointError as raised:
+                error = raised
+            results.append((mean, var, error))
+        ours, theirs = results
+        np.testing.assert_allclose(ours[:2], theirs[:2], rtol=1e-12)
+        assert (ours[2] is None) == (theirs[2] is None) == (guard != "raise")
+        changed = ours[0] != 0.5
+        assert changed.any() == (guard == "propagate")
+        assert np.isfinite(ours[1][[0, 2, 3]]).all()
+    assert str(ours[2]) == (
+        "x: expected finite statistics in every channel (nan_guard='raise'), got NaN or Inf in 1 of 4 channels: 1"
+    )
+
+
+def test_running_guard_sees_finite_values_whose_squares_are_not():
+    x = np.array([[1e200, 1.0], [-1e200, 2.0]])
+    mean, var = np.zeros(2), np.ones(2)
+    fastbn.batchnorm(x, running_mean=mean, running_var=var, training=True, nan_guard="skip")
+    assert mean.tolist() == [0, 0] and var.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["out", "in-place"])
+@pytest.mark.parametrize("shape", [(6, 4, 31), (2, 5, 70, 70), (70, 4), (300, 130)], ids=str)
+@each_order
+@each_dtype
+def test_running_guard_raises_before_anything_is_written(dtype, order, shape, in_place):
+    x = not_finite("nan", shape, dtype, order)
+    channels = shape[1]
+    mean, var = np.full(channels, 0.5), np.full(channels, 2.0)
+    out = x if in_place else fastbn.batchnorm(x)
+    before = x.copy(), out.copy(), mean.copy(), var.copy()
+    for threads in (1, 2, 5):
+        with pytest.raises(fastbn.NonFiniteError, match=f"in 1 of {channels} channels: 1"):
+            fastbn.batchnorm(
+                x,
+                running_mean=mean,
+                running_var=var,
+                training=True,
+                nan_guard="raise",
+                out=out,
+                num_threads=threads,
+            )
+        for array, value in zip((x, out, mean, var), before, strict=True):
+            assert_same_bits(array, value)
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 31), (70, 4), (2, 5, 70, 70)], ids=str)
+@each_order
+@each_dtype
+def test_running_guard_changes_no_bit_of_a_finite_batch(dtype, order, shape):
+    x = MEMORY_ORDERS[order](make_random(shape, 1, dtype), 1)
+    results = []
+    for guard in GUARDS:
+        for out in (None, np.empty_like(x) if order != "every-other-channel" else np.empty(shape, dtype)):
+            mean, var = np.zeros(shape[1], np.float32), np.ones(shape[1], np.float32)
+            y = fastbn.batchnorm(x, running_mean=mean, running_var=var, training=True, nan_guard=guard, out=out)
+            results.append((y, mean, var))
+    assert (results[0][1] != 0).all()
+    for result in results[1:]:
+        for actual, expected in zip(result, results[0], strict=True):
+            assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_running_guard_is_for_running_statistics_only(guard):
+    """Without an update there is nothing to guard: y has NaN, and there is no error."""
+    x = not_finite("nan", (6, 4, 31), np.float32, "c-order")
+    broken = {"running_mean": np.full(4, np.nan), "running_var": np.full(4, np.inf), "training": False}
+    assert np.isnan(fastbn.batchnorm(x, nan_guard=guard)[:, 1]).all()
+    assert np.isnan(fastbn.batchnorm(x, nan_guard=guard, out=np.zeros_like(x), **broken)).all()
+
+
+def test_running_guard_names_the_first_channels_only():
+    x = np.full((3, 40), np.nan)
+    running = {"running_mean": np.zeros(40), "running_var": np.ones(40)}
+    with pytest.raises(fastbn.NonFiniteError, match=r"in 40 of 40 channels: 0, 1, 2, 3, 4, 5, 6, 7, \.\.\.$"):
+        fastbn.batchnorm(x, **running, training=True, nan_guard="raise")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_running_statistics_do_not_take_an_interrupted_batch(monkeypatch, dtype):
+    """Ctrl-C while the kernels run: `raise` sets the signal, and no Python code runs until the core looks for it."""
+    dtype, real = dtype_of(dtype), _core.forward
+    mean, var = np.zeros(3, dtype), np.ones(3, dtype)
+    layer = fastbn.BatchNorm1d(3, dtype=dtype)
+
+    def interrupted(*arguments):
+        calls = [partial(CDLL(None)["raise"], signal.SIGINT), partial(real, *arguments)]
+        return list(map(methodcaller("__call__"), calls))[1]
+
+    before = {name: array.tobytes() for name, array in layer.state_dict().items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(_core, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fastbn.batchnorm(batch(), running_mean=mean, running_var=var, training=True)
+        with pytest.raises(KeyboardInterrupt):
+            layer(batch())
+    assert (mean == 0).all() and (var == 1).all()
+    assert {name: array.tobytes() for name, array in layer.state_dict().items()} == before
+    layer(batch())
+    assert layer.num_batches_tracked == 1 and (layer.running_mean != 0).all()
+
+
+def test_running_statistics_are_whole_after_every_interrupt():
+    """Ctrl-C at any time in a loop of calls: mean, variance and count are those of the same batches."""
+    batches = [make_random((40, 3, 50), 1, np.float32, seed) for seed in range(2)]
+    layer = fastbn.BatchNorm1d(3, momentum=1.0)  # the statistics are those of the last batch
+    states = []
+    for x in batches:
+        layer(x)
+        states.append((layer.running_mean.tobytes(), layer.running_var.tobytes()))
+    interrupts = 0
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0007)
+    usual = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        while interrupts < 200:
+            try:
+                while True:
+                    layer(batches[int(layer.num_batches_tracked) % 2])
+            except KeyboardInterrupt:
+                interrupts += 1
+                last = states[(int(layer.num_batches_tracked) + 1) % 2]
+                assert (layer.running_mean.tobytes(), layer.running_var.tobytes()) == last
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, usual)

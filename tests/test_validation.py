@@ -1,8 +1,11 @@
-"""Bad input never crashes and never writes: a table of (argument and rule, call, exception, fragment of the message).
+"""Bad input never crashes and never writes. Each call gets fresh valid arguments in `a` and breaks one rule of one
+argument; afterwards every array of `a` must be as it was.
 
-Each call gets fresh valid arguments in `a` and breaks one rule; afterwards every array of `a` must be as it was.
+Three tables: `TABLE` has the rules of single arguments, with exception and message; `PLAIN` every argument that is a
+plain value against every kind of value, `ARRAYS` every argument that is an array against every kind of array.
 """
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +17,12 @@ from fastbn import (
     ArgumentError,
     DeviceError,
     DTypeError,
+    NonFiniteError,
     ReadOnlyError,
     ShapeError,
     SingleValueError,
+    memory,
+    runtime,
 )
 
 SHAPE = (2, 3, 4, 5)
@@ -47,8 +53,8 @@ def plain(a, **options):
 
 
 def train(a, **options):
-    options = {"running_mean": a.mean, "running_var": a.var, "training": True, "out": a.out} | options
-    return fastbn.batchnorm2d(a.x, a.gamma, a.beta, **options)
+    options = {"x": a.x, "running_mean": a.mean, "running_var": a.var, "training": True, "out": a.out} | options
+    return fastbn.batchnorm2d(gamma=a.gamma, beta=a.beta, **options)
 
 
 def infer(a, **options):
@@ -80,17 +86,9 @@ DTYPES = " or ".join(fastbn.runtime.dtypes())
 
 TABLE = [
     # x
-    ("x-int", lambda a: fastbn.batchnorm(a.x.astype(np.int32)), DTypeError, f"x: expected dtype {DTYPES}, got int32"),
     ("x-int-hint", lambda a: fastbn.batchnorm([[1, 2], [3, 4]]), DTypeError, "astype(np.float32)"),
-    ("x-bool", lambda a: fastbn.batchnorm(a.x > 0), DTypeError, "got bool"),
-    ("x-complex", lambda a: fastbn.batchnorm(a.x.astype(complex)), DTypeError, "got complex128"),
     ("x-longdouble", lambda a: fastbn.batchnorm(a.x.astype(np.longdouble)), DTypeError, "x: expected dtype"),
-    ("x-object", lambda a: fastbn.batchnorm(a.x.astype(object)), DTypeError, "got object"),
-    ("x-string", lambda a: fastbn.batchnorm("image"), ShapeError, "x: expected at least 1 dimension, got 0"),
     ("x-none", lambda a: fastbn.batchnorm2d(None), ShapeError, "x: expected 4 (NCHW) dimensions, got 0"),
-    ("x-ragged", lambda a: fastbn.batchnorm([[1.0], [2.0, 3.0]]), ArgumentError, "x: expected an array_like, got list"),
-    ("x-unreadable", lambda a: fastbn.batchnorm(Unreadable()), ArgumentError, "no data here"),
-    ("x-masked", lambda a: fastbn.batchnorm(np.ma.masked_less(a.x, 0)), ArgumentError, "x: expected an array without"),
     ("x-scalar", lambda a: fastbn.batchnorm(1.0), ShapeError, "x: expected at least 1 dimension, got 0"),
     ("x-rank-1d", lambda a: fastbn.batchnorm1d(a.x), ShapeError, "x: expected 2 (NC) or 3 (NCL) dimensions, got 4"),
     ("x-rank-2d", lambda a: fastbn.batchnorm2d(a.x[0]), ShapeError, "x: expected 4 (NCHW) dimensions, got 3"),
@@ -108,30 +106,14 @@ TABLE = [
     # axis and layout
     ("axis-large", lambda a: fastbn.batchnorm(a.x, axis=4), ShapeError, "axis: expected -4 to 3 for an x of 4 dimens"),
     ("axis-small", lambda a: fastbn.batchnorm(a.x, axis=-5), ShapeError, "got -5"),
-    ("axis-float", lambda a: fastbn.batchnorm(a.x, axis=1.0), ArgumentError, "axis: expected an integer, got 1.0"),
-    ("axis-none", lambda a: fastbn.batchnorm(a.x, axis=None), ArgumentError, "axis: expected an integer, got None"),
-    ("axis-tuple", lambda a: fastbn.batchnorm(a.x, axis=(0, 1)),
-     ArgumentError, "axis: expected an integer, got (0, 1)"),
-    ("axis-bool", lambda a: fastbn.batchnorm(a.x, axis=True), ArgumentError, "axis: expected an integer, got True"),
     ("axis-forward", lambda a: fastbn.batchnorm_forward(a.x, axis=9), ShapeError, "got 9"),
     ("layout-unknown", lambda a: plain(a, layout="NHCW"), ArgumentError, "layout: expected one of 'NCHW', 'NHWC', got"),
     ("layout-lower-case", lambda a: plain(a, layout="nchw"), ArgumentError, "got 'nchw'"),
     ("layout-of-other-function", lambda a: plain(a, layout="NC"), ArgumentError, "got 'NC'"),
-    ("layout-no-string", lambda a: plain(a, layout=["NCHW"]), ArgumentError, "got ['NCHW']"),
     ("layout-1d", lambda a: fastbn.batchnorm1d(a.vector, layout="NCHW"), ArgumentError, "'NC', 'NCL', 'NLC'"),
     ("layout-3d", lambda a: fastbn.batchnorm3d(a.x, layout="NCHW"), ArgumentError, "'NCDHW', 'NDHWC'"),
     # gamma and beta
-    ("gamma-shape", lambda a: fastbn.batchnorm(a.x, a.gamma[:2]), ShapeError,
-     "gamma: expected shape (3,) for the 3 channels of x, got (2,)"),
-    ("gamma-rank", lambda a: fastbn.batchnorm(a.x, a.gamma.reshape(1, 3, 1, 1)), ShapeError, "got (1, 3, 1, 1)"),
-    ("gamma-scalar", lambda a: fastbn.batchnorm(a.x, 1.0), ShapeError, "gamma: expected shape (3,)"),
     ("gamma-layout", lambda a: fastbn.batchnorm2d(a.x, a.gamma, layout="NHWC"), ShapeError, "for the 5 channels of x"),
-    ("gamma-int", lambda a: fastbn.batchnorm(a.x, [1, 1, 1]),
-     DTypeError, "gamma: expected a floating-point dtype, got"),
-    ("gamma-complex", lambda a: fastbn.batchnorm(a.x, a.gamma + 1j), DTypeError, "got complex64"),
-    ("gamma-masked", lambda a: fastbn.batchnorm(a.x, np.ma.masked_less(a.gamma, 9)), ArgumentError, "gamma: expected"),
-    ("beta-shape", lambda a: fastbn.batchnorm(a.x, a.gamma, a.beta[:1]), ShapeError, "beta: expected shape (3,)"),
-    ("beta-object", lambda a: fastbn.batchnorm(a.x, None, a.beta.astype(object)), DTypeError, "beta: expected a float"),
     # running statistics and training
     ("running_mean-alone", lambda a: train(a, running_var=None),
      ArgumentError, "running_var: expected an array, since"),
@@ -139,48 +121,17 @@ TABLE = [
     ("training-unsaid", lambda a: train(a, training=None),
      ArgumentError, "training: expected True or False when running"),
     ("training-false-alone", lambda a: plain(a, training=False), ArgumentError, "running_mean and running_var when"),
-    ("training-int", lambda a: train(a, training=1), ArgumentError, "training: expected True or False, got 1"),
-    ("training-string", lambda a: plain(a, training="no"), ArgumentError, "training: expected True or False, got 'no'"),
-    ("running_mean-shape", lambda a: train(a, running_mean=a.mean[:2]),
-     ShapeError, "running_mean: expected shape (3,)"),
-    ("running_var-shape", lambda a: infer(a, running_var=a.gamma[:2]), ShapeError, "running_var: expected shape (3,)"),
-    ("running_mean-list", lambda a: train(a, running_mean=[0.0] * 3),
-     ArgumentError, "running_mean: expected an ndarray"),
-    ("running_var-int", lambda a: train(a, running_var=np.ones(3, int)),
-     DTypeError, "running_var: expected a floating"),
-    ("running_mean-int", lambda a: infer(a, running_mean=np.ones(3, int)),
-     DTypeError, "running_mean: expected a float"),
-    ("running_mean-read-only", lambda a: train(a, running_mean=read_only(a.mean)),
-     ReadOnlyError, "running_mean: expected"),
-    ("running_var-read-only", lambda a: train(a, running_var=read_only(a.var)), ReadOnlyError, "running_var: expected"),
-    ("running_var-masked", lambda a: train(a, running_var=np.ma.masked_less(a.var, 0)), ArgumentError, "masked"),
     ("running-same", lambda a: train(a, running_mean=a.var),
      AliasError, "running_mean: expected an array apart from r"),
     ("running-residual",
      lambda a: train(a, residual=a.residual, running_mean=a.residual[0, :, 0, 0]), AliasError, "apart from residual"),
     # numbers
     ("momentum-large", lambda a: train(a, momentum=1.1), ArgumentError, "momentum: expected a number from 0 to 1"),
-    ("momentum-negative", lambda a: train(a, momentum=-0.1), ArgumentError, "got -0.1"),
-    ("momentum-nan", lambda a: train(a, momentum=float("nan")), ArgumentError, "momentum: expected"),
     ("momentum-none", lambda a: train(a, momentum=None), ArgumentError, "for layers only"),
-    ("momentum-string", lambda a: train(a, momentum="0.1"), ArgumentError, "got '0.1'"),
-    ("momentum-bool", lambda a: train(a, momentum=True), ArgumentError, "momentum: expected"),
-    ("momentum-unused", lambda a: plain(a, momentum=2.0), ArgumentError, "momentum: expected"),
     ("eps-zero", lambda a: plain(a, eps=0.0), ArgumentError, "eps: expected a finite number > 0 in training, got 0.0"),
     ("eps-negative", lambda a: infer(a, eps=-1e-5), ArgumentError, "eps: expected a finite number >= 0 in inference"),
-    ("eps-nan", lambda a: plain(a, eps=float("nan")), ArgumentError, "eps: expected"),
-    ("eps-inf", lambda a: infer(a, eps=float("inf")), ArgumentError, "got inf"),
-    ("eps-none", lambda a: plain(a, eps=None), ArgumentError, "got None"),
-    ("eps-array", lambda a: plain(a, eps=np.full(3, 1e-5)), ArgumentError, "eps: expected"),
-    ("unbiased-int", lambda a: train(a, unbiased=0), ArgumentError, "unbiased: expected True or False, got 0"),
-    ("num_threads-zero", lambda a: plain(a, num_threads=0),
-     ArgumentError, "num_threads: expected an integer from 1 to"),
-    ("num_threads-negative", lambda a: plain(a, num_threads=-1), ArgumentError, "got -1"),
-    ("num_threads-bool", lambda a: plain(a, num_threads=True), ArgumentError, "got True"),
-    ("num_threads-float", lambda a: plain(a, num_threads=2.0), ArgumentError, "got 2.0"),
-    ("num_threads-huge", lambda a: plain(a, num_threads=10**12), ArgumentError, "num_threads: expected"),
-    ("num_threads-stats", lambda a: stats(a, num_threads=0), ArgumentError, "num_threads: expected"),
-    ("num_threads-backward", lambda a: backward(a, num_threads="2"), ArgumentError, "num_threads: expected"),
+    ("nan_guard-raise", lambda a: train(a, nan_guard="raise", x=a.x * np.float32(np.inf)),
+     NonFiniteError, "x: expected finite statistics in every channel (nan_guard='raise'), got NaN or Inf in 3 of 3"),
     # names
     ("activation-unknown", lambda a: plain(a, activation="rleu"),
      ArgumentError, "activation: expected None, one of 'id"),
@@ -190,28 +141,13 @@ TABLE = [
      ArgumentError, "activation: expected a finite slope"),
     ("activation-slope-text", lambda a: plain(a, activation=("leaky_relu", "0.1")),
      ArgumentError, "activation: expected a finite slope"),
-    ("activation-callable", lambda a: plain(a, activation=np.tanh), ArgumentError, "activation: expected None, one of"),
-    ("device-cuda", lambda a: plain(a, device="cuda"), DeviceError, "not installed"),
     ("device-unknown", lambda a: plain(a, device="tpu"),
      ArgumentError, "device: expected one of 'cpu', 'cuda', got 'tpu'"),
-    ("device-none", lambda a: plain(a, device=None), ArgumentError, "device: expected"),
     ("keyword-unknown", lambda a: plain(a, decay=0.9), TypeError, "decay"),
     # residual
-    ("residual-shape", lambda a: plain(a, residual=a.residual[:1]),
-     ShapeError, "residual: expected shape (2, 3, 4, 5) as x"),
-    ("residual-dtype", lambda a: plain(a, residual=a.residual.astype(float)),
-     DTypeError, "expected dtype float32 as x"),
-    ("residual-int", lambda a: plain(a, residual=a.residual.astype(int)),
-     DTypeError, "residual: expected dtype float32"),
-    ("residual-masked", lambda a: plain(a, residual=np.ma.masked_less(a.x, 0)), ArgumentError, "residual: expected"),
     # out
-    ("out-list", lambda a: fastbn.batchnorm(a.x, out=[0.0]), ArgumentError, "out: expected an ndarray, got list"),
-    ("out-masked", lambda a: fastbn.batchnorm(a.x, out=np.ma.array(a.out)), ArgumentError, "got MaskedArray"),
-    ("out-shape", lambda a: fastbn.batchnorm(a.x, out=a.out[:1]), ShapeError, "out: expected shape (2, 3, 4, 5) as x"),
-    ("out-dtype", lambda a: fastbn.batchnorm(a.x, out=a.out.astype(float)), DTypeError, "out: expected dtype float32"),
     ("out-byte-order", lambda a: fastbn.batchnorm(a.x, out=a.out.astype(a.out.dtype.newbyteorder())),
      DTypeError, "native"),
-    ("out-read-only", lambda a: fastbn.batchnorm(a.x, out=read_only(a.out)), ReadOnlyError, "out: expected a writable"),
     ("out-broadcast", lambda a: fastbn.batchnorm(a.x, out=np.broadcast_to(a.out[:1], SHAPE)), ReadOnlyError, "out:"),
     ("out-overlaps-itself", lambda a: fastbn.batchnorm(a.x, out=self_overlapping(a)), AliasError, "do not overlap"),
     ("out-irreducible", lambda a: fastbn.batchnorm(a.x, out=np.zeros((2, 3, 4, 9), np.float32)[..., :5]), ArgumentError,
@@ -231,53 +167,25 @@ TABLE = [
     ("out-overlaps-running", lambda a: train(a, running_mean=a.out[0, :, 0, 0]), AliasError, "apart from running_mean"),
     ("out-overlaps-running-infer", lambda a: infer(a, running_var=a.out[0, :, 0, 0]), AliasError, "running_var"),
     # backward
-    ("cache-none", lambda a: fastbn.batchnorm_backward(a.dy, None),
-     ArgumentError, "cache: expected the cache of a forw"),
     ("cache-swapped", lambda a: fastbn.batchnorm_backward(a.cache, a.dy), ArgumentError, "cache: expected"),
-    ("dy-shape", lambda a: backward(a, a.dy[:1]), ShapeError, "dy: expected shape (2, 3, 4, 5) as x, got (1, 3, 4, 5)"),
-    ("dy-dtype", lambda a: backward(a, a.dy.astype(float)), DTypeError, "dy: expected dtype float32 as x, got float64"),
-    ("dy-masked", lambda a: backward(a, np.ma.masked_less(a.dy, 0)), ArgumentError, "dy: expected an array without"),
-    ("dx-out-shape", lambda a: backward(a, out=a.out[:1]), ShapeError, "out: expected shape"),
-    ("dx-out-dtype", lambda a: backward(a, out=a.out.astype(float)), DTypeError, "out: expected dtype float32"),
-    ("dx-out-read-only", lambda a: backward(a, out=read_only(a.out)), ReadOnlyError, "out: expected a writable"),
     ("dx-out-is-x", lambda a: backward(a, out=a.x), AliasError, "out: expected an array apart from x"),
     ("dx-out-shifted-dy", lambda a: backward(a, a.room[:2], out=a.room[1:3]), AliasError, "overlaps dy"),
     ("dx-out-family", lambda a: backward(a, out=np.moveaxis(np.zeros((2, 4, 5, 3), np.float32), -1, 1)), ArgumentError,
      "np.empty_like(x)"),
     # statistics
-    ("stats-dtype", lambda a: stats(a, a.x.astype(int)), DTypeError, "x: expected dtype"),
     ("stats-axis", lambda a: stats(a, axis=7), ShapeError, "axis: expected"),
-    ("stats-masked", lambda a: stats(a, np.ma.masked_less(a.x, 0)), ArgumentError, "x: expected an array without"),
-    ("stats-count", lambda a: fastbn.Stats(-1, a.mean, a.var),
-     ArgumentError, "count: expected an integer >= 0, got -1"),
-    ("stats-shapes", lambda a: fastbn.Stats(2, a.mean, a.var[:2]), ShapeError, "mean, m2: expected two arrays"),
+    ("stats-shapes", lambda a: fastbn.Stats(2, a.mean, a.var[:2]), ShapeError, "m2: expected shape (3,) as mean"),
     ("stats-merge-channels", lambda a: stats(a).merge(stats(a, a.vector[:, :2])),
      ShapeError, "expected 3 channels, got 2"),
     ("stats-merge-type", lambda a: stats(a).merge(a.x), ArgumentError, "other: expected Stats, got ndarray"),
-    ("stats-unbiased", lambda a: stats(a).var(unbiased=1), ArgumentError, "unbiased: expected True or False"),
     # layers
-    ("layer-num_features-zero", lambda a: fastbn.BatchNorm2d(0),
-     ArgumentError, "num_features: expected an integer >= 1"),
-    ("layer-num_features-float", lambda a: fastbn.BatchNorm1d(3.0), ArgumentError, "num_features: expected"),
-    ("layer-eps", lambda a: fastbn.BatchNorm2d(3, eps=0), ArgumentError, "eps: expected a finite number > 0"),
-    ("layer-momentum", lambda a: fastbn.BatchNorm2d(3, momentum=1.5), ArgumentError, "momentum: expected"),
-    ("layer-affine", lambda a: fastbn.BatchNorm2d(3, affine=None), ArgumentError, "affine: expected True or False"),
-    ("layer-track", lambda a: fastbn.BatchNorm2d(3, track_running_stats=2),
-     ArgumentError, "track_running_stats: expec"),
     ("layer-layout", lambda a: fastbn.BatchNorm2d(3, layout="NCL"), ArgumentError, "layout: expected"),
-    ("layer-activation", lambda a: fastbn.BatchNorm2d(3, activation="selu"), ArgumentError, "activation: expected"),
-    ("layer-dtype-int", lambda a: fastbn.BatchNorm2d(3, dtype=int),
-     DTypeError, "dtype: expected a floating-point dtype"),
-    ("layer-dtype-name", lambda a: fastbn.BatchNorm2d(3, dtype="float31"), DTypeError, "got 'float31'"),
-    ("layer-device", lambda a: fastbn.BatchNorm2d(3, device="cuda"), DeviceError, "not installed"),
-    ("layer-num_threads", lambda a: fastbn.BatchNorm2d(3, num_threads=0), ArgumentError, "num_threads: expected"),
     ("layer-rank", lambda a: a.layer(a.x[0]), ShapeError, "x: expected 4 (NCHW) dimensions, got 3"),
     ("layer-channels", lambda a: a.layer(a.x[:, :2]),
      ShapeError, "x: expected 3 channels (num_features) on axis 1, got"),
     ("layer-one-value", lambda a: a.layer(a.x[:1, :, :1, :1]), SingleValueError, "more than 1 value per channel"),
     ("layer-backward-first", lambda a: a.layer.backward(a.dy),
      ArgumentError, "backward: expected a call of BatchNorm2d"),
-    ("layer-mode", lambda a: a.layer.train("eval"), ArgumentError, "mode: expected True or False"),
     ("state-type", lambda a: a.layer.load_state_dict([1]), ArgumentError, "state: expected a mapping"),
     ("state-missing", lambda a: a.layer.load_state_dict({"weight": a.gamma}),
      ArgumentError, "missing ['bias', 'running_"),
@@ -289,15 +197,173 @@ TABLE = [
      DTypeError, "bias: expected"),
     ("state-counter-dtype", lambda a: a.layer.load_state_dict(changed(a.state, num_batches_tracked=np.float32(1.5))),
      DTypeError, "num_batches_tracked: expected"),
-    ("state-strict", lambda a: a.layer.load_state_dict(a.state, strict=1),
-     ArgumentError, "strict: expected True or Fal"),
     # runtime
-    ("isa-unknown", lambda a: fastbn.runtime.isa("mmx").__enter__(), ArgumentError, "isa: expected one of"),
-    ("set_num_threads", lambda a: fastbn.set_num_threads(0), ArgumentError, "n: expected an integer from 1 to"),
-    ("threads", lambda a: fastbn.threads(1.5).__enter__(), ArgumentError, "n: expected an integer from 1 to"),
-    ("copy_speed-nbytes", lambda a: fastbn.runtime.copy_speed(0), ArgumentError, "nbytes: expected an integer >= 1"),
-    ("copy_speed-repeats", lambda a: fastbn.runtime.copy_speed(64, repeats=0), ArgumentError, "repeats: expected"),
 ]  # fmt: skip
+
+
+# Plain values --------------------------------------------------------------------------------------------------------
+
+VALUES = {
+    "none": None,
+    "true": True,
+    "zero": 0,
+    "one": 1,
+    "two": 2,
+    "minus-one": -1,
+    "a-half": 0.5,
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "minus-inf": float("-inf"),
+    "huge": 10**400,
+    "complex": 1j,
+    "text": "text",
+    "no-text": "",
+    "bytes": b"1",
+    "list": [1],
+    "tuple": (1, 2),
+    "dict": {"a": 1},
+    "array": np.ones(3),
+    "class": int,
+    "function": len,
+    "object": object(),
+}
+BOOLEAN, WEIGHT, POSITIVE = {"true"}, {"zero", "one", "a-half"}, {"one", "two", "a-half"}
+COUNT = {"one", "two"}
+
+# (argument, its name in the message, call, the values that are accepted)
+PLAIN = [
+    ("momentum", "momentum", lambda a, v: train(a, momentum=v), WEIGHT),
+    ("momentum-unused", "momentum", lambda a, v: plain(a, momentum=v), WEIGHT),
+    ("eps", "eps", lambda a, v: plain(a, eps=v), POSITIVE),
+    ("eps-in-inference", "eps", lambda a, v: infer(a, eps=v), POSITIVE | {"zero"}),
+    ("training", "training", lambda a, v: train(a, training=v), BOOLEAN),
+    ("unbiased", "unbiased", lambda a, v: train(a, unbiased=v), BOOLEAN),
+    ("nan_guard", "nan_guard", lambda a, v: train(a, nan_guard=v), set()),
+    ("nan_guard-unused", "nan_guard", lambda a, v: plain(a, nan_guard=v), set()),
+    ("activation", "activation", lambda a, v: plain(a, activation=v), {"none"}),
+    ("activation-slope", "activation", lambda a, v: plain(a, activation=("leaky_relu", v)),
+     {"zero", "one", "two", "minus-one", "a-half"}),
+    ("device", "device", lambda a, v: plain(a, device=v), set()),
+    ("num_threads", "num_threads", lambda a, v: plain(a, num_threads=v), COUNT | {"none"}),
+    ("backward-num_threads", "num_threads", lambda a, v: backward(a, num_threads=v), COUNT | {"none"}),
+    ("backward-cache", "cache", lambda a, v: fastbn.batchnorm_backward(a.dy, v), set()),
+    ("axis", "axis", lambda a, v: fastbn.batchnorm(a.x, axis=v, out=a.out), {"zero", "one", "two", "minus-one"}),
+    ("layout", "layout", lambda a, v: plain(a, layout=v), {"none"}),
+    ("stats-axis", "axis", lambda a, v: stats(a, axis=v), {"zero", "one", "two", "minus-one"}),
+    ("stats-num_threads", "num_threads", lambda a, v: stats(a, num_threads=v), COUNT | {"none"}),
+    ("stats-count", "count", lambda a, v: fastbn.Stats(v, a.mean, a.var), COUNT | {"zero", "huge"}),
+    ("stats-unbiased", "unbiased", lambda a, v: stats(a).var(unbiased=v), BOOLEAN),
+    ("stats-merge", "other", lambda a, v: stats(a).merge(v), set()),
+    ("layer-num_features", "num_features", lambda a, v: fastbn.BatchNorm2d(v), COUNT),
+    ("layer-eps", "eps", lambda a, v: fastbn.BatchNorm2d(3, v), POSITIVE),
+    ("layer-momentum", "momentum", lambda a, v: fastbn.BatchNorm2d(3, momentum=v), WEIGHT | {"none"}),
+    ("layer-affine", "affine", lambda a, v: fastbn.BatchNorm2d(3, affine=v), BOOLEAN),
+    ("layer-track", "track_running_stats", lambda a, v: fastbn.BatchNorm2d(3, track_running_stats=v), BOOLEAN),
+    ("layer-layout", "layout", lambda a, v: fastbn.BatchNorm1d(3, layout=v), {"none"}),
+    ("layer-unbiased", "unbiased", lambda a, v: fastbn.BatchNorm2d(3, unbiased=v), BOOLEAN),
+    ("layer-nan_guard", "nan_guard", lambda a, v: fastbn.BatchNorm3d(3, nan_guard=v), set()),
+    ("layer-activation", "activation", lambda a, v: fastbn.BatchNorm2d(3, activation=v), {"none"}),
+    ("layer-dtype", "dtype", lambda a, v: fastbn.BatchNorm2d(3, dtype=v), {"none"}),
+    ("layer-device", "device", lambda a, v: fastbn.BatchNorm2d(3, device=v), set()),
+    ("layer-num_threads", "num_threads", lambda a, v: fastbn.BatchNorm2d(3, num_threads=v), COUNT | {"none"}),
+    ("layer-mode", "mode", lambda a, v: a.layer.train(v), BOOLEAN),
+    ("state", "state", lambda a, v: a.layer.load_state_dict(v), set()),
+    ("state-strict", "strict", lambda a, v: a.layer.load_state_dict(a.state, strict=v), BOOLEAN),
+    ("isa", "isa", lambda a, v: fastbn.runtime.isa(v).__enter__(), set()),
+    ("threads", "n", lambda a, v: enter_and_leave(fastbn.threads(v)), COUNT),
+    ("set_num_threads", "n", lambda a, v: fastbn.set_num_threads(v), COUNT | {"none"}),
+    ("set_cache_limit", "nbytes", lambda a, v: fastbn.set_cache_limit(v), COUNT | {"none", "zero"}),
+    ("copy_speed-nbytes", "nbytes", lambda a, v: fastbn.runtime.copy_speed(v), COUNT),
+    ("copy_speed-repeats", "repeats", lambda a, v: fastbn.runtime.copy_speed(64, repeats=v), COUNT),
+    ("copy_speed-num_threads", "num_threads", lambda a, v: fastbn.runtime.copy_speed(64, v), COUNT | {"none"}),
+]  # fmt: skip
+
+
+def enter_and_leave(context):
+    with context:
+        pass
+
+
+# Arrays --------------------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "integers": lambda good: good.astype(np.int32),
+    "booleans": lambda good: good > 0,
+    "complex": lambda good: good.astype(complex),
+    "objects": lambda good: good.astype(object),
+    "texts": lambda good: good.astype(str),
+    "dates": lambda good: np.zeros(good.shape, "datetime64[s]"),
+    "records": lambda good: np.zeros(good.shape, [("a", "f4")]),
+    "masked": lambda good: np.ma.masked_less(good, 0),
+    "without-the-last": lambda good: good[:-1],
+    "one-twice": lambda good: np.concatenate([good, good[:1]]),
+    "one-axis-more": lambda good: good[None],
+    "empty": lambda good: good[:0],
+    "scalar": lambda good: 1.0,
+    "ragged": lambda good: [[1.0], [2.0, 3.0]],
+    "unreadable": lambda good: Unreadable(),
+    "text": lambda good: "text",
+}
+LIKE_X = KINDS | {
+    "transposed": lambda good: np.swapaxes(good, 0, -1),
+    "of-another-dtype": lambda good: good.astype(np.float64),
+    "half": lambda good: good.astype(np.float16),
+}
+WRITTEN = {
+    "list": lambda good: good.tolist(),
+    "none-of-numpy": lambda good: bytearray(good.nbytes),
+    "read-only": lambda good: read_only(good),
+    "broadcast": lambda good: np.broadcast_to(good[:1], good.shape),
+}
+
+
+def without(*names):
+    return {name: kind for name, kind in KINDS.items() if name not in names}
+
+
+# (argument, its name in the message, the array that it takes, call, what it refuses)
+ARRAYS = [
+    ("gamma", "gamma", "gamma", lambda a, v: fastbn.batchnorm2d(a.x, v, a.beta, out=a.out), KINDS),
+    ("beta", "beta", "beta", lambda a, v: fastbn.batchnorm2d(a.x, a.gamma, v, out=a.out), KINDS),
+    ("running_mean", "running_mean", "mean", lambda a, v: train(a, running_mean=v), KINDS | WRITTEN),
+    ("running_var", "running_var", "var", lambda a, v: train(a, running_var=v), KINDS | WRITTEN),
+    ("running_mean-in-inference", "running_mean", "mean", lambda a, v: infer(a, running_mean=v), KINDS),
+    ("running_var-in-inference", "running_var", "var", lambda a, v: infer(a, running_var=v), KINDS),
+    ("residual", "residual", "residual", lambda a, v: plain(a, residual=v), LIKE_X),
+    ("out", "out", "out", lambda a, v: fastbn.batchnorm(a.x, out=v), LIKE_X | WRITTEN),
+    ("dy", "dy", "dy", lambda a, v: backward(a, v, out=a.out), LIKE_X),
+    ("backward-out", "out", "out", lambda a, v: backward(a, out=v), LIKE_X | WRITTEN),
+    ("layer-residual", "residual", "residual", lambda a, v: a.layer(a.x, v), LIKE_X),
+    ("layer-dy", "dy", "dy", lambda a, v: (a.layer.eval()(a.x), a.layer.backward(v)), LIKE_X),
+    ("state-weight", "weight", "gamma", lambda a, v: a.layer.load_state_dict(a.state | {"weight": v}),
+     without("integers", "booleans")),
+    ("state-running_var", "running_var", "var", lambda a, v: a.layer.load_state_dict(a.state | {"running_var": v}),
+     without("integers", "booleans")),
+    ("stats-mean", "mean", "mean", lambda a, v: fastbn.Stats(4, v, a.var),
+     without("integers", "booleans", "without-the-last", "one-twice", "empty")),
+    ("stats-m2", "m2", "var", lambda a, v: fastbn.Stats(4, a.mean, v),
+     without("integers", "booleans")),
+    # what x is alone decides about its shape
+    *((f"{name}-x", "x", "x", call, without("without-the-last", "one-twice", "one-axis-more", "empty"))
+      for name, call in {
+          "batchnorm": lambda a, v: fastbn.batchnorm(v),
+          "batchnorm1d": lambda a, v: fastbn.batchnorm1d(v),
+          "batchnorm2d": lambda a, v: fastbn.batchnorm2d(v, a.gamma, a.beta),
+          "batchnorm3d": lambda a, v: fastbn.batchnorm3d(v),
+          "batchnorm_forward": lambda a, v: fastbn.batchnorm_forward(v),
+          "stats": stats,
+          "layer": lambda a, v: a.layer(v),
+      }.items()),
+]  # fmt: skip
+
+CASES = [
+    (f"{argument}-is-{rule}", name, lambda a, call=call, value=value: call(a, value))
+    for argument, name, call, accepted in PLAIN
+    for rule, value in VALUES.items()
+    if rule not in accepted
+]
+CASES += [(f"{argument}-is-{rule}", name, lambda a, call=call, kind=kind, good=good: call(a, kind(getattr(a, good))))
+          for argument, name, good, call, kinds in ARRAYS for rule, kind in kinds.items()]  # fmt: skip
 
 
 def snapshot(a):
@@ -308,8 +374,8 @@ def snapshot(a):
 
 
 def test_validation_table_has_distinct_rules():
-    names = [name for name, *_ in TABLE]
-    assert len(set(names)) == len(names) >= 80
+    names = [name for name, *_ in TABLE + CASES]
+    assert len(set(names)) == len(names) >= 1000
 
 
 @pytest.mark.parametrize(("call", "exception", "fragment"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
@@ -322,8 +388,46 @@ def test_validation_raises_and_writes_nothing(call, exception, fragment):
     assert snapshot(a) == before
 
 
+@pytest.mark.parametrize(("name", "call"), [row[1:] for row in CASES], ids=[row[0] for row in CASES])
+def test_validation_refuses_other_kinds_and_writes_nothing(name, call):
+    a = arguments()
+    before = snapshot(a)
+    with pytest.raises(fastbn.FastBNError) as info:
+        call(a)
+    assert str(info.value).startswith(f"{name}: expected ")
+    assert ", got " in str(info.value) or "array_like" in str(info.value)
+    assert snapshot(a) == before
+
+
+@pytest.mark.parametrize(("call", "accepted"), [row[2:] for row in PLAIN], ids=[row[0] for row in PLAIN])
+def test_validation_accepts_what_the_table_says(call, accepted):
+    try:
+        for rule in accepted:
+            call(arguments(), VALUES[rule])
+    finally:
+        fastbn.set_num_threads(None)
+        fastbn.set_cache_limit(None)
+
+
+@pytest.mark.parametrize("text", ["-1", "-0", "two", "1.5", "1e3", "0x4", "4,2", "true", "nan", "9" * 40, "\uff14"])
 @pytest.mark.parametrize(
-    "function", [plain, train, infer, backward, stats], ids=["plain", "training", "inference", "backward", "stats"]
+    ("read", "variable"),
+    [
+        (runtime.fastbn_num_threads, "FASTBN_NUM_THREADS"),
+        (memory.limit_of_environment, "FASTBN_CACHE_LIMIT"),
+        (runtime._initial_isa, "FASTBN_ISA"),
+    ],
+)
+def test_validation_of_the_environment_names_the_variable_and_the_text(read, variable, text):
+    """An ImportError: these are read when fastbn is imported."""
+    with pytest.raises(ImportError, match=f"^{variable}(=|: expected ).*{re.escape(repr(text))}"):
+        read({variable: text})
+
+
+@pytest.mark.parametrize(
+    "function",
+    [plain, train, infer, backward, stats],
+    ids=["plain", "training", "inference", "backward", "stats"],
 )
 def test_validation_accepts_the_valid_arguments(function):
     function(arguments())
@@ -339,6 +443,7 @@ def test_validation_accepts_the_valid_arguments(function):
         (AliasError, ValueError),
         (DTypeError, TypeError),
         (DeviceError, RuntimeError),
+        (NonFiniteError, FloatingPointError),
     ],
 )
 def test_validation_errors_are_also_built_in_ones(error, builtin):

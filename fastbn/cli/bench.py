@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 import fastbn
 from fastbn.cli.arguments import THREADS, output
+from fastbn.cli.bench_cuda import bench_cuda
 from fastbn.nn.plain import numpy_backward, numpy_forward, numpy_inference
 
 Array = NDArray[Any]
@@ -37,6 +38,7 @@ of the copy speed is then the most to expect. Shapes that fit into a cache can e
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="two small shapes")
     parser.add_argument("--json", type=output, metavar="FILE", help="write the results as JSON, too")
     parser.add_argument("--num-threads", type=THREADS, metavar="N", help="threads of fastbn (NumPy uses one)")
@@ -100,8 +102,23 @@ def bench_shape(shape: tuple[int, ...], axis: int, repeats: int) -> dict[str, tu
 
 def bench(args: argparse.Namespace) -> int:
     repeats = 7
+    shapes = QUICK_SHAPES if args.quick else SHAPES
+    record: dict[str, Any] = {"machine": fastbn.runtime.config(), "repeats": repeats}
+    if args.device == "cuda":
+        record["rows"] = bench_cuda(shapes, repeats)
+    else:
+        record["copy_gb_per_s"], record["rows"] = bench_cpu(shapes, repeats, args.num_threads)
+    if args.json is not None:
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def bench_cpu(
+    shapes: Sequence[tuple[tuple[int, ...], int, str]], repeats: int, num_threads: int | None
+) -> tuple[float, list[dict[str, Any]]]:
+    """Print the table; the copy speed in GB/s and the rows."""
     rows = []
-    with fastbn.threads(args.num_threads) if args.num_threads is not None else contextlib.nullcontext():
+    with fastbn.threads(num_threads) if num_threads is not None else contextlib.nullcontext():
         threads = fastbn.get_num_threads()
         copy_speed = fastbn.runtime.copy_speed()
         print(
@@ -109,7 +126,7 @@ def bench(args: argparse.Namespace) -> int:
         )
         print(f"{'operation':<10} {'layout':<6} {'shape':<18} {'ms':>9} {'GB/s':>7} {'of copy':>8}", end="")
         print(f" {'NumPy ms':>9} {'speed-up':>9}", flush=True)
-        for shape, axis, layout in QUICK_SHAPES if args.quick else SHAPES:
+        for shape, axis, layout in shapes:
             for operation, (nbytes, (ours, numpys)) in bench_shape(shape, axis, repeats).items():
                 speed = nbytes / ours / 1e9
                 rows.append(
@@ -130,12 +147,4 @@ def bench(args: argparse.Namespace) -> int:
                     flush=True,
                 )
     print(f"\n{BENCH_NOTES.format(repeats=repeats)}")
-    if args.json is not None:
-        record = {
-            "machine": fastbn.runtime.config(),
-            "repeats": repeats,
-            "copy_gb_per_s": copy_speed,
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    return 0
+    return copy_speed, rows

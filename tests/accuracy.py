@@ -1,0 +1,262 @@
+"""`make accuracy`: how far fastbn, PyTorch, NumPy and JAX are from exact arithmetic; fills the tables of docs/numerics.md.
+
+Errors are in units in the last place (ulp) of the dtype: of the mean at max(|mean|, std), of the variance at its own
+size, of y, dx and dgamma at the largest of a channel (dgamma: of all channels). The worst channel counts. Mean and
+variance are compared with rational arithmetic. The other three are compared with 80-bit arithmetic that starts from
+those: its own error is far below what a table shows.
+"""
+
+import argparse
+import platform
+import re
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import fastbn
+from problems import HOSTILE, dtype_of, exact_statistics, finfo, ulp
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "numerics.md"
+QUANTITIES = ("mean", "var", "y", "dx", "dgamma")
+EPS = 1e-5
+CHANNELS = 4
+Long = np.longdouble
+
+
+class Case(NamedTuple):
+    """Values of shape (count, CHANNELS), made from normal ones."""
+
+    name: str
+    count: int
+    make: Callable[[Any], Any]
+    dtype: str = "float32"
+    dy_offset: float = 0.0
+
+
+def hostile(name: str, dtype: str = "float32") -> Callable[[Any], Any]:
+    return lambda z: np.stack([HOSTILE[name](column.copy(), finfo(dtype_of(dtype))) for column in z.T], axis=1)
+
+
+def offset(ratio: float) -> Callable[[Any], Any]:
+    return lambda z: z + ratio
+
+
+CASES = [
+    *(Case(f"|mean| / std = {ratio:g}", 1 << 14, offset(ratio)) for ratio in (0.0, 1.0, 1e2, 1e4, 1e6)),
+    *(Case(f"n = 2^{power}, |mean| / std = 10", 1 << power, offset(10.0)) for power in (1, 10, 18, 22)),
+    Case("first value 1e6", 1 << 14, hostile("outlier-first")),
+    Case("all values 0.1", 1 << 14, hostile("constant")),
+    Case("values of 1e37", 1 << 14, hostile("huge-1e37")),
+    Case("denormal values", 1 << 14, hostile("denormal")),
+    Case("1 plus a few ulp", 1 << 14, hostile("tiny-variance")),
+    Case("dy with an offset of 1e4", 1 << 14, offset(1.0), dy_offset=1e4),
+    *(Case(f"{dtype}, |mean| / std = 10", 1 << 14, offset(10.0), dtype) for dtype in ("float16", "bfloat16")),
+    *(Case(f"float64, |mean| / std = {ratio:g}", 1 << 14, offset(ratio), "float64") for ratio in (0.0, 1e4)),
+]
+
+
+class Results(NamedTuple):
+    """Of one contender; mean and var are None where it does not tell them in full."""
+
+    mean: Any
+    var: Any
+    y: Any
+    dx: Any
+    dgamma: Any
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contenders: x and dy of shape (count, channels), gamma and beta of its dtype or, for the half precisions, float32
+
+
+def by_fastbn(x: Any, dy: Any, gamma: Any, beta: Any, planar: bool) -> Results:
+    if planar:
+        x, dy = (np.ascontiguousarray(a.T)[None] for a in (x, dy))
+    y, cache = fastbn.batchnorm_forward(x, gamma, beta, eps=EPS)
+    dx, dgamma, _ = fastbn.batchnorm_backward(dy, cache)
+    stats = fastbn.batchnorm_stats(x)
+    y, dx = (a[0].T if planar else a for a in (y, dx))
+    return Results(stats.mean.astype(gamma.dtype), stats.var().astype(gamma.dtype), y, dx, dgamma)
+
+
+def by_torch(x: Any, dy: Any, gamma: Any, beta: Any, planar: bool) -> Results:
+    import torch
+
+    def tensor(a: Any) -> Any:
+        if a.dtype.name == "bfloat16":
+            return torch.from_numpy(a.view(np.uint16).astype(np.int32).astype(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(a.copy())
+
+    def images(a: Any) -> Any:
+        """(1, C, count, 1), with its channels adjacent in memory or not."""
+        columns = tensor(a).T[None, :, :, None]
+        return columns.contiguous() if planar else columns.contiguous(memory_format=torch.channels_last)
+
+    parameters = [tensor(a).requires_grad_() for a in (gamma, beta)]
+    values = images(x).requires_grad_()
+    mean, var = torch.zeros(x.shape[1], dtype=parameters[0].dtype), torch.ones(x.shape[1], dtype=parameters[0].dtype)
+    y = torch.nn.functional.batch_norm(values, mean, var, *parameters, training=True, momentum=1.0, eps=EPS)
+    y.backward(images(dy))
+    n = len(x)
+    y, dx = (a.detach()[0, :, :, 0].T.to(torch.float64).numpy() for a in (y, values.grad))
+    return Results(mean.numpy(), var.numpy().astype(Long) * (n - 1) / n, y, dx, parameters[0].grad.numpy())
+
+
+def by_formula(xp: Any, x: Any, dy: Any, gamma: Any, beta: Any) -> Results:
+    """What everybody writes: mean and variance along the axis, and section 3 of the paper."""
+    mean, var = x.mean(axis=0), x.var(axis=0)
+    rstd = 1 / xp.sqrt(var + x.dtype.type(EPS))
+    normalized = (x - mean) * rstd
+    dgamma, dbeta = (dy * normalized).sum(axis=0), dy.sum(axis=0)
+    dx = gamma * rstd * (dy - (dbeta + normalized * dgamma) / x.dtype.type(len(x)))
+    return Results(*map(np.asarray, (mean, var, gamma * normalized + beta, dx, dgamma)))
+
+
+def by_numpy(x: Any, dy: Any, gamma: Any, beta: Any) -> Results:
+    with np.errstate(all="ignore"):
+        return by_formula(np, x, dy, gamma.astype(x.dtype), beta.astype(x.dtype))
+
+
+def by_jax(x: Any, dy: Any, gamma: Any, beta: Any) -> Results:
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_platforms", "cpu")
+    arrays = [jax.numpy.asarray(a) for a in (x, dy, gamma.astype(x.dtype), beta.astype(x.dtype))]
+    return by_formula(jax.numpy, *arrays)
+
+
+CONTENDERS: dict[str, Callable[..., Results]] = {
+    "fastbn, NCHW": lambda *a: by_fastbn(*a, planar=True),
+    "fastbn, NHWC": lambda *a: by_fastbn(*a, planar=False),
+    "PyTorch, NCHW": lambda *a: by_torch(*a, planar=True),
+    "PyTorch, NHWC": lambda *a: by_torch(*a, planar=False),
+    "NumPy": by_numpy,
+    "JAX": by_jax,
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exact
+
+
+def split(value: Fraction) -> Any:
+    """As a sum of 80-bit numbers, added: what is lost is 2^-63 of it."""
+    high = Long(float(value))
+    return high + Long(float(value - Fraction(float(value))))
+
+
+class Exact:
+    def __init__(self, x: Any, dy: Any, gamma: Any, beta: Any) -> None:
+        self.statistics = exact_statistics(x, 1)
+        # The mean in two parts: x - mean must not lose what an offset leaves of it.
+        high = np.array([float(s.mean) for s in self.statistics], Long)
+        low = np.array([float(s.mean - Fraction(float(s.mean))) for s in self.statistics], Long)
+        rstd = 1 / np.sqrt(np.array([split(s.var + Fraction(EPS)) for s in self.statistics]))
+        normalized = ((x.astype(Long) - high) - low) * rstd
+        g, gamma = dy.astype(Long), gamma.astype(Long)
+        centered = g - g.mean(axis=0)
+        self.y = gamma * normalized + beta.astype(Long)
+        self.dgamma = (centered * normalized).sum(axis=0)
+        self.dx = gamma * rstd * (centered - normalized * (self.dgamma / len(x)))
+
+    def errors(self, results: Results, dtype: Any, parameter_dtype: Any) -> dict[str, float]:
+        """In ulp; NaN and Inf where none should be are infinitely wrong."""
+
+        def worst(actual: Any, expected: Any, scales: Any, dtype: Any) -> float:
+            with np.errstate(all="ignore"):
+                units = np.array([ulp(float(scale), dtype) for scale in scales], Long)
+                error = np.abs(np.asarray(actual).astype(Long) - expected) / units
+            return float(np.where(np.isfinite(error), error, np.inf).max())
+
+        def statistic(actual: Any, exact: list[Fraction], scales: list[float]) -> float:
+            pairs = zip(np.asarray(actual).tolist(), actual, exact, scales, strict=True)
+            return max(
+                float(abs(Fraction(int(0)) + exactly(value) - wanted) / Fraction(ulp(scale, parameter_dtype)))
+                if np.isfinite(value)
+                else float("inf")
+                for _, value, wanted, scale in pairs
+            )
+
+        def exactly(value: Any) -> Fraction:
+            return Fraction(float(value)) + Fraction(float(Long(value) - Long(float(value))))
+
+        s = self.statistics
+        largest = lambda a: np.abs(a).max(axis=0)  # noqa: E731
+        return {
+            "mean": statistic(results.mean, [c.mean for c in s], [max(abs(float(c.mean)), c.std) for c in s]),
+            "var": statistic(results.var, [c.var for c in s], [float(c.var) for c in s]),
+            "y": worst(results.y, self.y, largest(self.y), dtype),
+            "dx": worst(results.dx, self.dx, largest(self.dx), dtype),
+            "dgamma": worst(results.dgamma, self.dgamma, [largest(self.dgamma)] * CHANNELS, parameter_dtype),
+        }
+
+
+def measure(case: Case) -> dict[str, dict[str, float | None]]:
+    """{contender: {quantity: error}}; None for a contender that does not know the dtype or is not installed."""
+    rng = np.random.default_rng(0)
+    dtype = dtype_of(case.dtype)
+    parameter_dtype = np.dtype(np.float64 if case.dtype == "float64" else np.float32)
+    with np.errstate(over="ignore"):
+        x = case.make(rng.standard_normal((case.count, CHANNELS))).astype(dtype)
+    dy = (rng.standard_normal((case.count, CHANNELS)) + case.dy_offset).astype(dtype)
+    gamma, beta = (rng.uniform(0.5, 2, CHANNELS).astype(parameter_dtype) for _ in range(2))
+    exact = Exact(x, dy, gamma, beta)
+    table: dict[str, dict[str, float | None]] = {}
+    for name, compute in CONTENDERS.items():
+        try:
+            results = compute(x, dy, gamma, beta)
+        except (ImportError, RuntimeError, TypeError):
+            table[name] = dict.fromkeys(QUANTITIES)
+            continue
+        table[name] = {**exact.errors(results, dtype, parameter_dtype)}
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def shown(error: float | None) -> str:
+    if error is None:
+        return ""
+    return "wrong" if error == float("inf") else f"{error:.2f}" if error < 9.995 else f"{error:.2g}"
+
+
+def versions() -> str:
+    names = ["numpy", "torch", "jax"]
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {__import__(name).__version__}")
+        except ImportError:
+            found.append(f"{name} not installed")
+    return ", ".join([f"fastbn {fastbn.__version__}", *found])
+
+
+def tables(measured: dict[str, dict[str, dict[str, float | None]]]) -> str:
+    parts = []
+    for quantity in QUANTITIES:
+        rows = [["error of " + quantity + ", ulp", *CONTENDERS], ["---", *["---:"] * len(CONTENDERS)]]
+        rows += [[case, *(shown(of[name][quantity]) for name in CONTENDERS)] for case, of in measured.items()]
+        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    return "\n\n".join([*parts, f"({versions()}; {platform.machine()}.)"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[2])
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page with <!-- accuracy --> (docs/numerics.md)")
+    page: Path = parser.parse_args(arguments).page
+    text = tables({case.name: measure(case) for case in CASES})
+    pattern = r"(<!-- accuracy -->).*(<!-- /accuracy -->)"
+    old = page.read_text()
+    assert re.search(pattern, old, re.S), f"{page} has no place for the tables"
+    page.write_text(re.sub(pattern, lambda match: f"{match[1]}\n\n{text}\n\n{match[2]}", old, flags=re.S))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
