@@ -151,8 +151,10 @@ def page(found: Sequence[tuple[Experiment, Record]], folder: str) -> str:
         for row in verdict_rows(experiment, record)
     ]
     machines = dict.fromkeys(", ".join(f"{k} {v}" for k, v in record["machine"].items()) for _, record in found)
+    held = sum(row[-1] == "holds" for row in rows)
     parts = [
         INTRODUCTION.format(folder=folder, minutes=minutes, machine="; ".join(machines)),
+        f"{held} of {len(rows)} criteria hold.",
         table(["experiment", "criterion", "threshold", "median (lowest to highest)", "verdict"], rows),
         *(section(experiment, record, folder) for experiment, record in found),
     ]
