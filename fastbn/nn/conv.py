@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from numpy.typing import DTypeLike
 
 from fastbn.memory import empty
 from fastbn.nn import _windows
-from fastbn.nn.layers import Array, Layer, Rng, channel_axis, initial
+from fastbn.nn.layers import Array, Layer, Rng, Sequential, channel_axis, initial
 from fastbn.nn.threads import for_each
 
 TILE_BYTES = 1 << 18  # of gathered windows: they and their product fit into the L2 cache
@@ -122,10 +123,13 @@ class Conv2d(Layer):
     weight, weight_grad : ndarray of shape (out_channels, in_channels, kernel_size, kernel_size)
         In both layouts.
     bias, bias_grad : ndarray of shape (out_channels,), or None
+    input_gradient : bool
+        False where nobody needs dx: `backward` then returns NaN and saves a third of its work.
     """
 
     dimensions = 2
     layouts = ("NCHW", "NHWC")
+    input_gradient = True
 
     def __init__(
         self,
@@ -171,18 +175,20 @@ class Conv2d(Layer):
         """(N, F, OH, OW) to (N, C, H, W)."""
         windows, x, matrix = self.windows, self.x, self._matrix()
         dy = np.ascontiguousarray(dy, x.dtype)
-        dx = empty(x.shape, x.dtype)
+        dx = empty(x.shape, x.dtype) if self.input_gradient else np.broadcast_to(x.dtype.type(np.nan), x.shape)
         sums = {}  # of each part, by its first image: they are added in order
 
         def part(images: slice) -> None:
             dmatrix, dbias = np.zeros(matrix.shape, x.dtype), np.zeros(len(self.weight), x.dtype)
-            dx[images] = 0
+            if self.input_gradient:
+                dx[images] = 0
             for tile in windows.tiles(images, x.dtype):
                 rows = tile.rows(dy)
                 columns = tile.gather(x)
                 dmatrix += columns.T @ rows
                 dbias += np.ones(len(rows), x.dtype) @ rows  # the sum; a product is faster
-                tile.scatter(rows, matrix, dx)
+                if self.input_gradient:
+                    tile.scatter(rows, matrix, dx)
             sums[images.start] = dmatrix, dbias
 
         for_each(part, len(x), 2 * dy.size * len(matrix))
@@ -241,3 +247,19 @@ class Conv1d(Conv2d):
     def backward(self, dy: Array, /) -> Array:
         """(N, F, OL) to (N, C, L)."""
         return super().backward(np.expand_dims(dy, self.height)).squeeze(self.height)
+
+
+@contextmanager
+def without_input_gradient(model: Any) -> Iterator[None]:
+    """Within a `with` block, a convolution that is the first layer of the model computes no gradient of the images."""
+    first = model
+    while isinstance(first, Sequential):
+        first = first.layers[0]
+    if not isinstance(first, Conv2d):
+        yield
+        return
+    first.input_gradient = False
+    try:
+        yield
+    finally:
+        first.input_gradient = True
