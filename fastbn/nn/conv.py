@@ -15,7 +15,7 @@ from fastbn.nn import _windows
 from fastbn.nn.layers import Array, Layer, Rng, Sequential, channel_axis, initial
 from fastbn.nn.threads import for_each
 
-TILE_BYTES = 1 << 18  # of gathered windows: they and their product fit into the L2 cache
+TILE_BYTES = 1 << 19  # of gathered windows: about an L2 cache
 
 Pair = tuple[int, int]
 Padding = int | Literal["same"]
