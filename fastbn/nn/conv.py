@@ -1,4 +1,4 @@
-"""Convolutions of images and sequences: windows gathered into the rows of a matrix, and a product."""
+"""Convolutions of images and sequences: windows gathered into a matrix (im2col), tile by tile, and a product."""
 
 from __future__ import annotations
 
@@ -156,8 +156,10 @@ class Conv2d(Layer):
 
     def forward(self, x: Array, /) -> Array:
         """(N, C, H, W) to (N, F, OH, OW), with ``OH = (H + 2 * padding - kernel_size) // stride + 1``."""
+        if x.ndim != 4 or x.shape[self.axis] != self.weight.shape[1]:
+            raise ValueError(f"x: expected {self.weight.shape[1]} channels on axis {self.axis}, got shape {x.shape}")
         self.windows = windows = Windows(x.shape, self.axis, self.kernel, self.stride, self.padding)
-        self.x = x = np.ascontiguousarray(x, self.weight.dtype)
+        self.x = x = np.require(x, self.weight.dtype, ["C", "W"])
         matrix = self._matrix()
         y = empty(windows.output_shape(len(self.weight)), x.dtype)
 
