@@ -35,6 +35,7 @@ def fastbn_step(name: str, layout: str, x: Any, labels: Any, threads: int) -> Ca
     model = nn.MODELS[name](input_shape=x.shape[1:], layout=layout, rng=0)
     optimizer = nn.SGD(model, 0.01, 0.9)
     images = x if layout == "NCHW" else np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+    model.layers[0].input_gradient = False  # as in nn.fit, and in PyTorch: images need none
     fastbn.set_num_threads(threads)
 
     def step() -> None:

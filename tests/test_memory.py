@@ -56,6 +56,16 @@ def poison(count=4, shape=SHAPE):
 # Use again ------------------------------------------------------------------------------------------------------------
 
 
+def test_memory_of_a_buffer_is_used_again():
+    buffer = memory.empty(SHAPE, np.float32)
+    assert buffer.shape == SHAPE and buffer.dtype == np.float32 and buffer.flags.c_contiguous
+    first, again = address(buffer), memory.empty(SHAPE, np.float32)
+    assert not np.shares_memory(buffer, again)
+    del buffer
+    assert address(memory.empty(SHAPE, np.float32)) == first
+    assert memory.empty([3]).dtype == np.float64
+
+
 def test_memory_of_a_freed_result_is_used_again():
     x = batch()
     y = fastbn.batchnorm(x)

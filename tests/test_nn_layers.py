@@ -7,6 +7,7 @@ import pytest
 
 import fastbn
 from fastbn import nn
+from fastbn.nn.conv import without_input_gradient
 from fastbn.nn.models import digits_cnn
 
 STEP = 1e-6  # central differences in float64: truncation STEP^2, rounding 1e-16 / STEP
@@ -168,6 +169,43 @@ def test_window_larger_than_image_is_an_error():
     for layer in (nn.Conv2d(1, 1, 3), nn.MaxPool2d(3), nn.AvgPool2d(3)):
         with pytest.raises(ValueError, match="expected height and width of at least"):
             layer.forward(np.zeros((1, 1, 5, 2), np.float32))
+
+
+READ_ONLY = {"conv": nn.Conv2d(2, 2, 3, padding=1, rng=0), "max": nn.MaxPool2d(2), "average": nn.AvgPool2d(2)}
+
+
+@pytest.mark.parametrize("name", READ_ONLY)
+def test_arrays_may_be_read_only_or_strided(name):
+    layer = READ_ONLY[name]
+    x = np.random.default_rng(0).random((2, 2, 4, 4), np.float32)
+    expected = layer(x)
+    dx = layer.backward(np.ones_like(expected))
+    x.flags.writeable = False
+    for same in (x, np.asfortranarray(x)):
+        np.testing.assert_array_equal(layer(same), expected)
+        np.testing.assert_array_equal(layer.backward(np.broadcast_to(np.float32(1), expected.shape)), dx)
+
+
+def test_wrong_channels_are_an_error():
+    for layer, shape in ((nn.Conv2d(3, 1, 1), (2, 4, 5, 5)), (nn.Conv1d(3, 1, 1), (2, 4, 5))):
+        with pytest.raises(ValueError, match="x: expected 3 channels"):
+            layer.forward(np.zeros(shape, np.float32))
+
+
+def test_gradient_of_images_is_left_out_on_request():
+    x, dy = np.random.default_rng(0).random((2, 3, 2, 6, 6))
+    layers = [nn.Conv2d(2, 2, 3, padding=1, rng=0, dtype=np.float64) for _ in range(2)]
+    model = nn.Sequential(nn.Sequential(layers[0], nn.ReLU()))
+    with without_input_gradient(model):
+        for layer in layers:
+            layer.forward(x)
+        assert np.isnan(layers[0].backward(dy)).all()
+        assert not np.isnan(layers[1].backward(dy)).any()
+    for name in ("weight_grad", "bias_grad"):
+        np.testing.assert_array_equal(getattr(layers[0], name), getattr(layers[1], name))
+    assert not np.isnan(layers[0].backward(dy)).any()
+    with without_input_gradient(nn.Sequential(nn.ReLU(), layers[0])):
+        assert not np.isnan(layers[0].backward(dy)).any()
 
 
 def test_wide_padding_of_a_pool_is_an_error():

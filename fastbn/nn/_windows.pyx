@@ -117,6 +117,29 @@ def exchange(floating[:, :, :, ::1] x, floating[:, ::1] columns, Py_ssize_t line
             exchange_nchw(&x[0, 0, 0, 0], &columns[0, 0], line, lines, g, back)
 
 
+cdef extern from * nogil:
+    """
+    /* A NaN is larger than everything: it must not get lost. With `restrict`, for which Cython has no word and
+       which gcc forgets when it inlines, and without branches, compilers use vectors. */
+    #define LARGER(name, real) \\
+        __attribute__((noinline)) static void name(real *restrict best, int *restrict place, \\
+                                                   const real *restrict x, int at, Py_ssize_t channels) \\
+        { \\
+            for (Py_ssize_t c = 0; c < channels; c++) { \\
+                real old = best[c], value = x[c]; \\
+                int before = place[c]; \\
+                _Bool keep = (old >= value) | (old != old); \\
+                best[c] = keep ? old : value; \\
+                place[c] = keep ? before : at; \\
+            } \\
+        }
+    LARGER(larger_float, float)
+    LARGER(larger_double, double)
+    """
+    void larger_float(float *best, int32_t *place, const float *x, int32_t at, Py_ssize_t channels)
+    void larger_double(double *best, int32_t *place, const double *x, int32_t at, Py_ssize_t channels)
+
+
 def max_pool(floating[:, :, :, ::1] x, floating[:, :, :, ::1] y, int32_t[:, :, :, ::1] places, tuple geometry):
     """Maximum of each window of x (N, H, W, C), and its place in x's image; the padding takes no part."""
     cdef Geometry g = unpack(geometry)
@@ -141,15 +164,10 @@ def max_pool(floating[:, :, :, ::1] x, floating[:, :, :, ::1] y, int32_t[:, :, :
                     for ih in range(max(top, 0), min(top + g.kernel_h, g.height)):
                         for iw in range(max(left, 0), min(left + g.kernel_w, g.width)):
                             at = <int32_t>(ih * g.width + iw)
-                            larger(best, place, image + at * g.channels, at, g.channels)
-
-
-cdef inline void larger(floating *best, int32_t *place, floating *x, int32_t at, Py_ssize_t channels) noexcept nogil:
-    cdef Py_ssize_t c
-    for c in range(channels):
-        # A NaN is larger than everything: it must not get lost.
-        place[c] = at if x[c] > best[c] or x[c] != x[c] else place[c]
-        best[c] = x[c] if x[c] > best[c] or x[c] != x[c] else best[c]
+                            if floating is float:
+                                larger_float(best, place, image + at * g.channels, at, g.channels)
+                            else:
+                                larger_double(best, place, image + at * g.channels, at, g.channels)
 
 
 def max_unpool(floating[:, :, :, ::1] dy, int32_t[:, :, :, ::1] places, floating[:, :, :, ::1] dx):

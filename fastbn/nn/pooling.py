@@ -40,7 +40,7 @@ class Pool2d(Layer):
 
     def planes(self, x: Array) -> Array:
         """x in NHWC. In NCHW each plane is an image of one channel: (N * C, H, W, 1)."""
-        x = np.ascontiguousarray(x)
+        x = np.require(x, requirements=["C", "W"])
         return x if self.axis == -1 else x.reshape(-1, *x.shape[2:], 1)
 
     def unplanes(self, y: Array, N: int) -> Array:

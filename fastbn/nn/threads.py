@@ -21,6 +21,7 @@ Array = NDArray[Any]
 
 PARTS = 16  # of the images of a batch: enough for many threads, few enough for each to have something to do
 SERIAL = 1 << 19  # operations of a part; fewer are not worth being handed to another thread
+STRIP = 32  # rows of a product: BLAS rearranges all of the other matrix for each part
 MOVE = 16  # operations that take as long as to read and write a value
 
 
@@ -52,15 +53,16 @@ def for_each(function: Callable[[slice], object], count: int, operations: int) -
 
 
 def product(a: Array, b: Array) -> Array:
-    """``a @ b`` of two matrices, cut along the longer side of the result."""
+    """``a @ b`` of two matrices, cut along the longer side of the result, in strips of at least `STRIP`."""
     rows, columns = len(a), b.shape[1]
     y = empty((rows, columns), np.result_type(a, b))
 
-    def part(which: slice) -> None:
+    def part(strips: slice) -> None:
+        which = slice(strips.start * STRIP, strips.stop * STRIP)
         if rows >= columns:
             np.matmul(a[which], b, out=y[which])
         else:
             np.matmul(a, b[:, which], out=y[:, which])
 
-    for_each(part, max(rows, columns), 2 * rows * columns * a.shape[1])
+    for_each(part, -(-max(rows, columns) // STRIP), 2 * rows * columns * a.shape[1])
     return y

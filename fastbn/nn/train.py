@@ -12,6 +12,7 @@ import numpy as np
 
 import fastbn
 from fastbn.nn import checkpoint
+from fastbn.nn.conv import without_input_gradient
 from fastbn.nn.data import Dataset
 from fastbn.nn.inference import evaluate
 from fastbn.nn.layers import Array, LayerLike
@@ -84,7 +85,11 @@ def fit(
 
     images, rate = len(data.x_train), optimizer.lr
     # Training that diverges ends with a row that shows it, not with warnings.
-    with threads(fastbn.get_num_threads()), np.errstate(over="ignore", invalid="ignore"):
+    with (
+        threads(fastbn.get_num_threads()),
+        without_input_gradient(model),
+        np.errstate(over="ignore", invalid="ignore"),
+    ):
         for number in range(len(history) + 1, epochs + 1):
             model.train()
             loss_sum, correct, start = 0.0, 0, time.perf_counter()
