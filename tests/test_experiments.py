@@ -1,6 +1,8 @@
 """The experiments: how they are judged, resumed and reported, and a quick run of all of them."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +28,11 @@ from fastbn.nn.plain import PlainBatchNorm2d
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
+
+
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = ROOT / "docs" / "experiments"
+published = pytest.mark.skipif(not PUBLISHED.exists(), reason="not a source tree")
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +169,22 @@ def test_line_of_a_quick_run_is_no_verdict(tmp_path, digits):
     record = run_synthetic(experiment, [1], tmp_path / "a.json", digits, quick=True)
     assert record["setting"]["images"] == 2
     assert line(experiment, record).startswith("synthetic: quick, no verdict: ten times the seed: 10 (10 to 10), ")
+
+
+@published
+def test_published_page_is_what_the_records_say():
+    records = [(experiment, read(PUBLISHED / f"{name}.json")) for name, experiment in EXPERIMENTS.items()]
+    assert (ROOT / "docs" / "experiments.md").read_text() == page(records, "experiments")
+
+
+@published
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_published_run_is_of_this_version_with_five_seeds(name):
+    record = read(PUBLISHED / f"{name}.json")
+    expected = {"data": "fashion-mnist", **EXPERIMENTS[name].setting}
+    assert record["setting"] == json.loads(json.dumps(expected)) and not record["quick"]
+    assert list(record["runs"]) == ["0", "1", "2", "3", "4"]
+    assert (PUBLISHED / f"{name}.png").stat().st_size < 80_000
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

@@ -21,9 +21,9 @@ INTRODUCTION = """\
 
 What articles and papers say about batch normalization (BN), measured. Each experiment trains networks of `fastbn.nn`
 with several seeds; a seed decides the images, the initial weights and their order. Lines in the pictures are medians
-over the seeds, shaded from the lowest to the highest. A claim holds if the median meets a criterion that was fixed
-before; what does not hold is listed as such. "Points" are percentage points of accuracy on test images. Where "best"
-learning rates are compared, they are best on the test images, with and without BN alike.
+over the seeds, shaded from the lowest to the highest. A criterion, fixed before this run, holds if the median meets it;
+what does not hold is listed as such. "Points" are percentage points of accuracy on test images. Where "best" learning
+rates are compared, they are best on the test images, with and without BN alike.
 
 This page and its pictures are made from the JSON files in the folder `{folder}` beside it, by the command that measures
 what is missing there:

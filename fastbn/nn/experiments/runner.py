@@ -26,7 +26,7 @@ class RecordError(ValueError):
 
 def new_record(experiment: Experiment, data_name: str, quick: bool) -> Record:
     setting = {"data": data_name, **experiment.setting, **(experiment.quick if quick else {})}
-    machine = {"fastbn": fastbn.__version__, "numpy": np.__version__, "isa": fastbn.runtime.config()["isa"]}
+    machine = {"numpy": np.__version__, "isa": fastbn.runtime.config()["isa"]}
     return {"experiment": experiment.name, "quick": quick, "setting": setting, "machine": machine, "runs": {}}
 
 
