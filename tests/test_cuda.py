@@ -376,6 +376,14 @@ bn = functools.partial(fastbn.batchnorm, device="cuda")
 bn_forward = functools.partial(fastbn.batchnorm_forward, device="cuda")
 
 
+class WithGradient:
+    """What PyTorch answers for a tensor on the GPU that records gradients."""
+
+    @property
+    def __cuda_array_interface__(self):
+        raise RuntimeError("Can't get __cuda_array_interface__ on Variable that requires grad.")
+
+
 def partly_overlapping():
     """A residual and an `out` which begins at its second row."""
     memory = OnGPU(np.zeros((3, 3, 4), np.float32))
@@ -400,6 +408,8 @@ def partly_overlapping():
         (lambda: bn(OnGPU(X), out=OnGPU(X, readonly=True)), fastbn.ReadOnlyError, "out"),
         (lambda: bn(OnGPU(X.astype(int))), fastbn.DTypeError, "x: expected dtype float32 or"),
         (lambda: bn(OnGPU(X, mask=OnGPU(X))), fastbn.ArgumentError, "without a mask"),
+        (lambda: bn(WithGradient()), fastbn.ArgumentError, "x: expected an array without a gradient of its own"),
+        (lambda: fastbn.batchnorm(WithGradient()), fastbn.ArgumentError, "x: expected a NumPy array"),
         (lambda: bn(OnGPU(X[:1, :, :1])), fastbn.SingleValueError, "more than 1 value"),
         (lambda: bn(OnGPU(X), axis=3), fastbn.ShapeError, "axis"),
         (lambda: bn(OnGPU(np.ones((4, 6, 3, 5), np.float32)[::2, :, :, ::2]), axis=2),
