@@ -91,8 +91,8 @@ clean:  ## remove all that make and builds have made
 ASAN_TESTS = $(addprefix tests/test_,$(addsuffix .py,forward backward bits guard_pages layouts inplace_and_out \
 	running_stats stats validation fuzz))
 LONG_TESTS = $(addprefix tests/test_,$(addsuffix .py,bits fuzz memory properties))
-CUDA_TESTS = $(addprefix tests/test_,$(addsuffix .py,cuda cuda_plan cuda_machine_code forward backward layouts \
-	inplace_and_out running_stats layers large))
+CUDA_TESTS = $(addprefix tests/test_,$(addsuffix .py,cuda cuda_plan cuda_machine_code cuda_device forward \
+	backward layouts inplace_and_out running_stats layers large))
 C_FILES = $(shell find src_c tests -name '*.[ch]' -o -name '*.inc')
 
 # Stamps: each says that .venv holds something.

@@ -447,6 +447,22 @@ def test_cuda_bench_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path
     assert out.count("NCL") == out.count("NLC") == 4
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("training", 1), ("momentum", 2.0), ("eps", -1.0), ("unbiased", 0), ("nan_guard", "no"), ("activation", "tanh"),
+     ("num_threads", -1), ("axis", "C"), ("device", "gpu"), ("running_mean", None), ("unknown", 1)],
+)  # fmt: skip
+def test_cuda_arrays_on_the_gpu_take_the_options_of_the_cpu(option, value):
+    running = {"running_mean": V.copy(), "running_var": V.copy(), "training": True}
+    with pytest.raises((fastbn.FastBNError, TypeError)) as on_cpu:
+        fastbn.batchnorm(X, **running | {option: value})
+    on_gpu = {name: OnGPU(array) if isinstance(array, np.ndarray) else array for name, array in running.items()}
+    with pytest.raises(type(on_cpu.value)) as error:
+        fastbn.batchnorm(OnGPU(X), **{"device": "cuda"} | on_gpu | {option: value})
+    if option != "device":  # which is why x is refused
+        assert str(error.value) == str(on_cpu.value)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Without a GPU
 
