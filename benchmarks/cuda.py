@@ -90,8 +90,10 @@ def contenders(shape, dtype, memory_format):
 
 
 def others(x, dy, gamma, beta):
-    """CuPy and JAX, where they are installed: the formula, as their users write it. They know no channels-last. JAX has a
-    stream of its own, so its calls wait for the result: its device time is wall time."""
+    """CuPy and JAX, where they are installed: the formula, as their users write it. They know no channels-last.
+
+    JAX has a stream of its own, so its calls wait for the result: its device time is wall time.
+    """
     found = {}
     if x.dtype != torch.float32 or not x.is_contiguous():
         return found
