@@ -15,7 +15,7 @@ WHEEL := $$(ls dist/fastbn-*.whl)
 SOURCES := setup.py pyproject.toml MANIFEST.in README.md LICENSE $(shell find src_c fastbn -type f \
 	! -path '*/__pycache__/*' ! -name '*.so' ! -name _build.json ! -name _core.c)
 
-.PHONY: help demo test test-long test-arm test-valgrind asan lint format bench bench-quick develop clean
+.PHONY: help demo test test-long test-arm test-valgrind asan accuracy lint format bench bench-quick develop clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -47,6 +47,10 @@ asan: $(VENV)/.test  ## the tests of kernels and arguments on a build with the a
 	FASTBN_SANITIZE=address,undefined $(PIP) install --upgrade --no-deps --target build/asan .
 	PYTHONPATH=build/asan LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=halt_on_error=1 $(BIN)/pytest -n 2 $(ASAN_TESTS)
+
+accuracy: $(VENV)/.test  ## errors of fastbn, PyTorch, NumPy and JAX against exact arithmetic, into docs/numerics.md
+	$(PIP) install jax || echo "fastbn: no jax: it will be missing in the tables"
+	$(BIN)/python tests/accuracy.py
 
 lint: export FASTBN_WERROR ?= 1
 lint: $(VENV)/.lint  ## formats, style and types of Python, Cython, C
