@@ -15,7 +15,8 @@ WHEEL := $$(ls dist/fastbn-*.whl)
 SOURCES := setup.py pyproject.toml MANIFEST.in README.md LICENSE $(shell find src_c fastbn -type f \
 	! -path '*/__pycache__/*' ! -name '*.so' ! -name _build.json ! -name _core.c)
 
-.PHONY: help demo test test-long test-arm test-valgrind asan accuracy lint format bench bench-quick develop clean
+.PHONY: help demo test test-long test-arm test-cuda test-valgrind asan accuracy lint format bench bench-cuda bench-quick develop \
+	clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -52,6 +53,16 @@ accuracy: $(VENV)/.test  ## errors of fastbn, PyTorch, NumPy and JAX against exa
 	$(PIP) install jax || echo "fastbn: no jax: it will be missing in the tables"
 	$(BIN)/python tests/accuracy.py
 
+# The GPU as the default device of the tests that hold on any device; numba-cuda's simulator stays off.
+test-cuda: $(VENV)/.test  ## all of that runs on a GPU, on one (needs an NVIDIA driver for CUDA 13)
+	$(PIP) install "$(WHEEL)[cuda]"
+	$(BIN)/python -c 'import fastbn; fastbn.show_config(); fastbn.cuda.require()'
+	FASTBN_TEST_WHEEL=1 FASTBN_TEST_DEVICE=cuda $(BIN)/pytest $(CUDA_TESTS)
+
+bench-cuda: $(VENV)/.bench  ## fastbn, PyTorch and the copy speed on a GPU (needs PyTorch with CUDA); docs/cuda.md
+	$(PIP) install "$(WHEEL)[cuda]"
+	$(BIN)/python benchmarks/cuda.py --output benchmarks/results/cuda.json $(BENCH)
+
 lint: export FASTBN_WERROR ?= 1
 lint: $(VENV)/.lint  ## formats, style and types of Python, Cython, C
 	$(BIN)/ruff check
@@ -84,6 +95,8 @@ clean:  ## remove all that make and builds have made
 ASAN_TESTS = $(addprefix tests/test_,$(addsuffix .py,forward backward bits guard_pages layouts inplace_and_out \
 	running_stats stats validation fuzz))
 LONG_TESTS = $(addprefix tests/test_,$(addsuffix .py,bits fuzz memory properties))
+CUDA_TESTS = $(addprefix tests/test_,$(addsuffix .py,cuda cuda_plan cuda_machine_code forward backward layouts \
+	inplace_and_out running_stats layers large))
 C_FILES = $(shell find src_c tests -name '*.[ch]' -o -name '*.inc')
 
 # Stamps: each says that .venv holds something.

@@ -1,6 +1,6 @@
 """Batch normalization for NumPy arrays at the speed of memory: training, inference and backward."""
 
-from . import memory, reference, runtime
+from . import cuda, memory, reference, runtime
 from .errors import (
     AliasError,
     ArgumentError,
@@ -12,6 +12,7 @@ from .errors import (
     ShapeError,
     SingleValueError,
 )
+from .folding import fold_into_conv
 from .functional import (
     BatchNormCache,
     Gradients,
@@ -59,7 +60,9 @@ __all__ = [
     "batchnorm_forward",
     "batchnorm_stats",
     "cache_info",
+    "cuda",
     "empty_cache",
+    "fold_into_conv",
     "get_num_threads",
     "memory",
     "reference",

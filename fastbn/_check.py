@@ -21,7 +21,6 @@ from . import _core, _layout, runtime
 from .errors import (
     AliasError,
     ArgumentError,
-    DeviceError,
     DTypeError,
     NonFiniteError,
     ReadOnlyError,
@@ -64,12 +63,15 @@ def _remembered(check: Callable[..., Result]) -> Callable[..., Result]:
 # Plain values
 
 
-def device(value: Any) -> None:
-    """Only the CPU, in this version."""
+def device(value: Any) -> bool:
+    """Whether to compute on the GPU, which must be usable."""
     if isinstance(value, str) and value == "cpu":
-        return
+        return False
     if isinstance(value, str) and value in DEVICES:
-        raise DeviceError(f"device: the {value!r} backend is not installed in this version of fastbn; use device='cpu'")
+        from . import cuda
+
+        cuda.require()
+        return True
     raise ArgumentError(f"device: expected one of {_listed(DEVICES)}, got {value!r}")
 
 
@@ -181,12 +183,25 @@ def options(
 # x and its axes
 
 
+def is_on_gpu(value: Any) -> bool:
+    """Whether a value is an array in the memory of a GPU."""
+    try:
+        return hasattr(value, "__cuda_array_interface__")
+    except RuntimeError:  # PyTorch's answer for a tensor that records gradients; one on the CPU has no such attribute
+        return True
+
+
 def array(name: str, value: Any) -> Array:
     """Any array_like as a plain ndarray, without copying one."""
     if type(value) is np.ndarray:
         return value
     if isinstance(value, np.ma.MaskedArray):
         raise ArgumentError(f"{name}: expected an array without a mask, got a masked array; its mask would be ignored")
+    if is_on_gpu(value):
+        raise ArgumentError(
+            f"{name}: expected a NumPy array or what converts to one, got {type(value).__name__} on the GPU; pass "
+            "device='cuda' and all arrays on the GPU, or move it to the host"
+        )
     try:
         return np.asarray(value)
     except ValueError as error:
@@ -256,10 +271,12 @@ def _is_float(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "f" or (dtype.kind == "V" and dtype.names is None and np.can_cast(dtype, np.float64))
 
 
-def _parameter(name: str, value: Any, channels: int) -> Array:
+def parameter(name: str, value: Any, channels: int, owner: str = "x") -> Array:
+    """A value for each channel of `owner`, of any float dtype."""
     vector = array(name, value)
     if vector.shape != (channels,):
-        raise ShapeError(f"{name}: expected shape ({channels},) for the {channels} channels of x, got {vector.shape}")
+        expected = f"shape ({channels},) for the {channels} channels of {owner}"
+        raise ShapeError(f"{name}: expected {expected}, got {vector.shape}")
     if not _is_float(vector.dtype):
         raise DTypeError(f"{name}: expected a floating-point dtype, got {vector.dtype}")
     return vector
@@ -269,7 +286,7 @@ def _running(name: str, value: Any, channels: int, update: bool) -> Array:
     """A running statistic; one that will be updated must be an array that can be written."""
     if update and not isinstance(value, np.ndarray):
         raise ArgumentError(f"{name}: expected an ndarray, which training updates in place, got {type(value).__name__}")
-    vector = _parameter(name, value, channels)
+    vector = parameter(name, value, channels)
     if update and not vector.flags.writeable:
         raise ReadOnlyError(f"{name}: expected a writable array, which training updates in place, got a read-only one")
     return vector
@@ -280,8 +297,8 @@ def vectors(gamma: Any, beta: Any, running_mean: Any, running_var: Any, channels
     if _core.are_plain_vectors((gamma, beta, running_mean, running_var), channels):  # what almost all callers have
         return gamma, beta, running_mean, running_var
     return (
-        None if gamma is None else _parameter("gamma", gamma, channels),
-        None if beta is None else _parameter("beta", beta, channels),
+        None if gamma is None else parameter("gamma", gamma, channels),
+        None if beta is None else parameter("beta", beta, channels),
         None if running_mean is None else _running("running_mean", running_mean, channels, update),
         None if running_var is None else _running("running_var", running_var, channels, update),
     )

@@ -45,6 +45,9 @@ def dtypes() -> tuple[tuple[str, str], ...]:
 def activations() -> tuple[tuple[str, bool], ...]:
     """(name, whether its gradient needs the argument and not only a bit of it); the first is "identity"."""
 
+def activation_formulas() -> tuple[tuple[str, str, str, str], ...]:
+    """Of every activation, as src_c/activations.def has them: y, open, and the gradients where open and where shut."""
+
 def mask_nbytes(planar: bool, shape: _Shape) -> int:
     """Bytes of the mask that `forward` fills when an activation follows a residual."""
 

@@ -85,6 +85,8 @@ cdef extern from "fastbn.h" nogil:
     int fastbn_activation_count()
     const char *fastbn_activation_name(int index)
     int fastbn_activation_of_v(int index)
+    const int FASTBN_FORMULAS
+    const char *fastbn_activation_formula(int index, int formula)
     int64_t fastbn_mask_stride(int64_t columns)
     uint64_t fastbn_enter()
     void fastbn_leave(uint64_t saved)
@@ -163,6 +165,11 @@ def dtypes():
 
 def activations():
     return tuple([(fastbn_activation_name(i).decode(), bool(fastbn_activation_of_v(i)))
+                  for i in range(fastbn_activation_count())])
+
+
+def activation_formulas():
+    return tuple([tuple([fastbn_activation_formula(i, k).decode() for k in range(FASTBN_FORMULAS)])
                   for i in range(fastbn_activation_count())])
 
 

@@ -18,7 +18,7 @@ Float64Array: TypeAlias = npt.NDArray[np.float64]
 _UINT8 = np.dtype(np.uint8)
 _IDENTITY = runtime.ACTIVATION_INDEX["identity"]
 # Activations whose gradient a bit a value does not tell.
-_NEED_ARGUMENT = {index for index, (_name, needed) in enumerate(_core.activations()) if needed}
+NEED_ARGUMENT = {index for index, (_name, needed) in enumerate(_core.activations()) if needed}
 
 
 class Options(TypedDict, total=False):
@@ -79,6 +79,7 @@ class BatchNormCache:
         "_dtype",
         "_gamma_dtype",
         "_mask",
+        "_on_gpu",
         "_residual",
         "_statistics",
         "_training",
@@ -91,6 +92,7 @@ class BatchNormCache:
     _dtype: int
     _activation: tuple[int, float]
     _training: bool
+    _on_gpu: bool
     _residual: bool
     _added: tuple[Array, tuple[int, int, int]] | None
     _statistics: Float64Array
@@ -143,8 +145,20 @@ class Gradients:
         return iter((self.dx, self.dgamma, self.dbeta))
 
 
+def source(x: Any, options: Options) -> Any:
+    """x as the functions go on with it: an ndarray, or an array on the GPU where ``device="cuda"`` asks for that."""
+    if type(x) is not np.ndarray and options.get("device") == "cuda":
+        _check.device("cuda")
+        from .cuda import _arrays
+
+        seen = _arrays.view("x", x)
+        if seen is not None:
+            return seen
+    return _check.array("x", x)
+
+
 def forward(
-    x: Array,
+    x: Any,
     gamma: npt.ArrayLike | None,
     beta: npt.ArrayLike | None,
     axis: int,
@@ -162,7 +176,11 @@ def forward(
     mean, var, training, momentum, eps, unbiased, nan_guard, activation, residual, out, device, num_threads = (
         merged.values()
     )
-    _check.device(device)
+    on_gpu = _check.device(device)
+    if type(x) is not np.ndarray:
+        from .cuda import _device
+
+        return _device.forward(x, gamma, beta, axis, keep, merged, counter)
     training, update, momentum, eps, unbiased, nan_guard, act = _check.options(
         mean is not None, var is not None, training, momentum, eps, unbiased, nan_guard, activation
     )
@@ -174,7 +192,7 @@ def forward(
         _check.several_values(x.shape, per_channel)
     gamma, beta, mean, var = _check.vectors(gamma, beta, mean, var, channels, update)
     added = None if residual is None else _check.companion("residual", residual, x)
-    keep_added = keep and added is not None and act[0] in _NEED_ARGUMENT
+    keep_added = keep and added is not None and act[0] in NEED_ARGUMENT
     if update:
         assert mean is not None and var is not None
         _check.updated_apart(mean, var, x, added)
@@ -195,31 +213,45 @@ def forward(
     if added is not None:
         added, added_view = _layout.reduced("residual", added, axis, planar)
         addend = (added, added_view.strides)
-        if keep and act[0] != _IDENTITY and not keep_added:
+    keep_mask = keep and added is not None and act[0] != _IDENTITY and not keep_added
+    target = (y if buffer is None else buffer, y_strides)
+    finite_first = update and nan_guard == "raise" and buffer is not None  # else nobody sees what has been written
+    if on_gpu:
+        from .cuda import _host
+
+        call = _host.make_call(dtype, planar, shape, act, training)
+        vectors = (gamma, beta, mean, var)
+        statistics, mask = _host.forward(call, (data, strides), addend, target, keep_mask, vectors, eps, finite_first)
+        if update and x.size and (nan_guard == "propagate" or _host.moments_are_finite(statistics)):
+            if counter is not None:
+                counter += 1
+            _host.update_running(mean, var, statistics, per_channel, momentum, unbiased)
+    else:
+        if keep_mask:
             mask = _core.empty((_core.mask_nbytes(planar, shape),), _UINT8)
-    statistics = _core.forward(
-        runtime.current_isa(),
-        dtype,
-        runtime.choose_threads(threads, x.nbytes),
-        planar,
-        shape,
-        (data, strides),
-        addend,
-        (y if buffer is None else buffer, y_strides),
-        mask,
-        act,
-        gamma,
-        beta,
-        mean,
-        var,
-        eps,
-        training,
-        momentum,
-        unbiased,
-        counter,
-        nan_guard != "propagate",
-        update and nan_guard == "raise" and buffer is not None,
-    )
+        statistics = _core.forward(
+            runtime.current_isa(),
+            dtype,
+            runtime.choose_threads(threads, x.nbytes),
+            planar,
+            shape,
+            (data, strides),
+            addend,
+            target,
+            mask,
+            act,
+            gamma,
+            beta,
+            mean,
+            var,
+            eps,
+            training,
+            momentum,
+            unbiased,
+            counter,
+            nan_guard != "propagate",
+            finite_first,
+        )
     if update and nan_guard == "raise":
         _check.finite_statistics(statistics[_core.STATISTICS_MEAN], statistics[_core.STATISTICS_VAR])
     if not keep:
@@ -227,6 +259,7 @@ def forward(
     cache = BatchNormCache()
     cache._x, cache._axis, cache._view, cache._dtype = data, axis, view, dtype
     cache._activation, cache._training, cache._residual = act, training, added is not None
+    cache._on_gpu = on_gpu
     cache._statistics, cache._mask, cache._added = statistics, mask, addend if keep_added else None
     cache._gamma_dtype = None if gamma is None else gamma.dtype
     cache._beta_dtype = None if beta is None else beta.dtype
@@ -251,6 +284,10 @@ def backward(dy: npt.ArrayLike, cache: BatchNormCache, out: Array | None, num_th
     """`functional.batchnorm_backward`. Nothing is written before all arguments have been checked."""
     if not isinstance(cache, BatchNormCache):
         raise ArgumentError(f"cache: expected the cache of a forward function, got {type(cache).__name__}")
+    if type(cache) is not BatchNormCache:
+        from .cuda import _device
+
+        return _device.backward(dy, cache, out, num_threads)
     x, axis, view = cache._x, cache._axis, cache._view
     gradient = _check.companion("dy", dy, x)
     threads = _check.num_threads(num_threads)
@@ -268,22 +305,38 @@ def backward(dy: npt.ArrayLike, cache: BatchNormCache, out: Array | None, num_th
     dresidual = second = None
     if cache._residual:
         second = dresidual, _ = _layout.new_like(x, axis, view)
-    dgamma, dbeta = _core.backward(
-        runtime.current_isa(),
-        cache._dtype,
-        runtime.choose_threads(threads, x.nbytes),
-        view.planar,
-        view.shape,
-        (x, view.strides),
-        cache._added,
-        (gradient, dy_view.strides),
-        target,
-        second,
-        cache._mask,
-        cache._activation,
-        cache._statistics,
-        cache._training,
-        cache._gamma_dtype,
-        cache._beta_dtype,
-    )
+    if cache._on_gpu:
+        from .cuda import _host
+
+        dgamma, dbeta = _host.backward(
+            _host.make_call(cache._dtype, view.planar, view.shape, cache._activation, cache._training),
+            (x, view.strides),
+            cache._added,
+            (gradient, dy_view.strides),
+            target,
+            second,
+            cache._mask,
+            cache._statistics,
+            cache._gamma_dtype,
+            cache._beta_dtype,
+        )
+    else:
+        dgamma, dbeta = _core.backward(
+            runtime.current_isa(),
+            cache._dtype,
+            runtime.choose_threads(threads, x.nbytes),
+            view.planar,
+            view.shape,
+            (x, view.strides),
+            cache._added,
+            (gradient, dy_view.strides),
+            target,
+            second,
+            cache._mask,
+            cache._activation,
+            cache._statistics,
+            cache._training,
+            cache._gamma_dtype,
+            cache._beta_dtype,
+        )
     return Gradients(dx, dgamma, dbeta, dresidual)

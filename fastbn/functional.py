@@ -71,7 +71,7 @@ def batchnorm(
     array([[-1.,  0.],
            [ 1.,  0.]])
     """
-    values = _check.array("x", x)
+    values = _engine.source(x, options)
     return _engine.forward(values, gamma, beta, _check.axis(axis, values.ndim), False, options)[0]
 
 
@@ -88,7 +88,7 @@ def batchnorm1d(
 
     The layout is "NC" (rank 2), "NCL" or "NLC" (rank 3); None means "NC" for rank 2 and "NCL" for rank 3.
     """
-    values = _check.array("x", x)
+    values = _engine.source(x, options)
     return _engine.forward(values, gamma, beta, _check.axis_of_layout(values.ndim, 1, layout), False, options)[0]
 
 
@@ -144,7 +144,8 @@ def batchnorm2d(
         `batchnorm*_forward` refuse an `out` that overlaps what backward still needs: `x`, and the `residual` of
         hardswish.
     device : {"cpu", "cuda"}
-        "cuda" raises `DeviceError` where that backend is not installed.
+        Where to compute. With "cuda" NumPy arrays are transferred to the GPU and back, and arrays on the GPU (all or
+        none of them) stay there; see docs/cuda.md. `DeviceError` where there is no usable GPU.
     num_threads : int, optional
         Exactly so many threads; see `fastbn.runtime` for the default.
 
@@ -181,7 +182,7 @@ def batchnorm2d(
     >>> y.shape, y.dtype, round(float(y.mean()), 6)
     ((2, 1, 2, 2), dtype('float32'), 0.5)
     """
-    values = _check.array("x", x)
+    values = _engine.source(x, options)
     return _engine.forward(values, gamma, beta, _check.axis_of_layout(values.ndim, 2, layout), False, options)[0]
 
 
@@ -195,7 +196,7 @@ def batchnorm3d(
     **options: Unpack[Options],
 ) -> Array:
     """Normalize each channel of a batch of volumes; the layout is "NCDHW" or "NDHWC". See `batchnorm2d`."""
-    values = _check.array("x", x)
+    values = _engine.source(x, options)
     return _engine.forward(values, gamma, beta, _check.axis_of_layout(values.ndim, 3, layout), False, options)[0]
 
 
@@ -221,7 +222,7 @@ def batchnorm_forward(
     >>> dbeta
     array([3., 3.])
     """
-    values = _check.array("x", x)
+    values = _engine.source(x, options)
     return _engine.forward_with_cache(values, gamma, beta, _check.axis(axis, values.ndim), options)
 
 
@@ -235,7 +236,7 @@ def batchnorm1d_forward(
     **options: Unpack[Options],
 ) -> tuple[Array, BatchNormCache]:
     """`batchnorm1d` that also returns the cache for `batchnorm_backward`; see `batchnorm_forward`."""
-    values = _check.array("x", x)
+    values = _engine.source(x, options)
     axis = _check.axis_of_layout(values.ndim, 1, layout)
     return _engine.forward_with_cache(values, gamma, beta, axis, options)
 
@@ -250,7 +251,7 @@ def batchnorm2d_forward(
     **options: Unpack[Options],
 ) -> tuple[Array, BatchNormCache]:
     """`batchnorm2d` that also returns the cache for `batchnorm_backward`; see `batchnorm_forward`."""
-    values = _check.array("x", x)
+    values = _engine.source(x, options)
     axis = _check.axis_of_layout(values.ndim, 2, layout)
     return _engine.forward_with_cache(values, gamma, beta, axis, options)
 
@@ -265,7 +266,7 @@ def batchnorm3d_forward(
     **options: Unpack[Options],
 ) -> tuple[Array, BatchNormCache]:
     """`batchnorm3d` that also returns the cache for `batchnorm_backward`; see `batchnorm_forward`."""
-    values = _check.array("x", x)
+    values = _engine.source(x, options)
     axis = _check.axis_of_layout(values.ndim, 3, layout)
     return _engine.forward_with_cache(values, gamma, beta, axis, options)
 

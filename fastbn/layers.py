@@ -111,7 +111,7 @@ class _BatchNorm:
 
         Keeps what `backward` needs, in both modes; x itself by reference, so leave it unchanged until then.
         """
-        values = _check.array("x", x)
+        values = _engine.source(x, {"device": self.device})
         axis = _check.axis_of_layout(values.ndim, self._dimensions, self.layout)
         _check.channels(values.shape, axis, self.num_features)
         tracked = self.num_batches_tracked

@@ -304,6 +304,8 @@ def copy_speed(nbytes: int = 1 << 28, num_threads: int | None = None, repeats: i
 
 def config() -> dict[str, str]:
     """What `show_config` prints, as a dictionary."""
+    from . import cuda
+
     count, reason = _default_threads()
     cache = memory.cache_info()
     return {
@@ -319,7 +321,7 @@ def config() -> dict[str, str]:
         "dtypes": ", ".join(dtypes()),
         "activations": ", ".join(activations()),
         "cache": f"{cache.idle_bytes >> 20} of at most {cache.limit >> 20} MiB of freed results kept",
-        "cuda": "not installed",
+        "cuda": cuda.description(),
     }
 
 

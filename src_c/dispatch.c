@@ -82,8 +82,10 @@ const char *fastbn_dtype_name(int index)
 static const struct {
     const char *name;
     int of_v;
+    const char *formulas[FASTBN_FORMULAS];
 } activations[] = {
-#define FASTBN_ACTIVATION(name, y, open, where_open, where_shut, of_v) {#name, of_v},
+#define FASTBN_ACTIVATION(name, y, open, where_open, where_shut, of_v) \
+    {#name, of_v, {#y, #open, #where_open, #where_shut}},
 #include "activations.def"
 #undef FASTBN_ACTIVATION
 };
@@ -101,6 +103,11 @@ const char *fastbn_activation_name(int index)
 int fastbn_activation_of_v(int index)
 {
     return activations[index].of_v;
+}
+
+const char *fastbn_activation_formula(int index, int formula)
+{
+    return activations[index].formulas[formula];
 }
 
 #if defined(__x86_64__)

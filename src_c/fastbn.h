@@ -115,6 +115,9 @@ const char *fastbn_dtype_name(int index);
 int fastbn_activation_count(void);
 const char *fastbn_activation_name(int index);
 int fastbn_activation_of_v(int index); /* whether its gradient is a function of v, not only of where it is open */
+/* Its formulas as text, in the order of activations.def: y, open, and the gradients where open and where shut. */
+enum { FASTBN_FORMULAS = 4 };
+const char *fastbn_activation_formula(int index, int formula);
 
 /* Bytes of a row of the mask: whole groups of 16 columns, so that no two groups share a byte. */
 static inline int64_t fastbn_mask_stride(int64_t columns)

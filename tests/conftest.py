@@ -4,6 +4,16 @@ import os
 
 import pytest
 
+# Where there is no GPU, its kernels run in Numba's simulator. With FASTBN_TEST_DEVICE=cuda (`make test-cuda`) all tests
+# that do not name a device run on the GPU.
+DEVICE = os.environ.get("FASTBN_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
+else:
+    from fastbn import _engine
+
+    _engine.DEFAULTS["device"] = DEVICE
+
 
 @pytest.fixture(scope="session", autouse=True)
 def outside_the_source_tree(tmp_path_factory):

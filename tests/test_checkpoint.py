@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fastbn import cli, nn
+from fastbn.cli.train import DEFAULTS
 from fastbn.nn import checkpoint
 from fastbn.nn.models import digits_cnn
 
@@ -172,10 +173,10 @@ def without_metadata(content):
     return safetensors_numpy.save(safetensors_numpy.load(content))
 
 
-def of_version_2(content):
+def of_version_3(content):
     """A sound file, of a later format."""
     tensors = safetensors_numpy.load(content)
-    text = '{"version": 2}'
+    text = '{"version": 3}'
     return safetensors_numpy.save(tensors, metadata={"fastbn": text, "crc32": str(checkpoint.checksum(tensors, text))})
 
 
@@ -190,7 +191,7 @@ DAMAGES = {
     "flipped-tensor-bit": (lambda content: flipped(content, -1000), "damaged (wrong checksum)"),
     "flipped-loss": (lambda content: flipped(content, content.index(b"1.5")), "damaged (wrong checksum)"),
     "foreign": (without_metadata, "not a checkpoint of fastbn"),
-    "later-version": (of_version_2, "written by another version of fastbn"),
+    "later-version": (of_version_3, "written by another version of fastbn"),
 }
 
 
@@ -199,7 +200,7 @@ def sound(tmp_path_factory):
     """The content of a checkpoint after one epoch."""
     path = tmp_path_factory.mktemp("sound") / "state"
     epoch = {"epoch": 1, "train_loss": 1.5, "train_accuracy": 0.5, "test_accuracy": 0.5, TIMING: 1000.0}
-    checkpoint.save(path, *start(), [epoch], cli.DEFAULTS)
+    checkpoint.save(path, *start(), [epoch], DEFAULTS)
     return path.read_bytes()
 
 

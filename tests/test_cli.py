@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from fastbn import cli
+from fastbn.cli import bench
 
 HAS_EXTRA = all(importlib.util.find_spec(name) for name in ("sklearn", "matplotlib", "safetensors", "tqdm"))
 needs_extra = pytest.mark.skipif(not HAS_EXTRA, reason="needs the extra fastbn[train]")
@@ -36,6 +37,11 @@ BAD = [
     ("train --epochs", "--epochs: expected one argument"),
     ("train --batch-size 0", "--batch-size: expected a whole number of at least 1, got '0'"),
     ("train --batch-size many", "--batch-size: expected a whole number of at least 1, got 'many'"),
+    ("train --model alexnet", "--model: invalid choice: 'alexnet'"),
+    ("train --layout NCL", "--layout: invalid choice: 'NCL'"),
+    ("train --optimizer lbfgs", "--optimizer: invalid choice: 'lbfgs'"),
+    ("train --schedule never", "--schedule: invalid choice: 'never'"),
+    ("train --shift -1", "--shift: expected a whole number of at least 0, got '-1'"),
     ("train --lr -1", "--lr: expected a number above 0, got '-1'"),
     ("train --lr 0", "--lr: expected a number above 0, got '0'"),
     ("train --lr nan", "--lr: expected a number above 0, got 'nan'"),
@@ -47,6 +53,7 @@ BAD = [
     ("train --seed -1", "--seed: expected a whole number of at least 0, got '-1'"),
     ("train --num-threads 0", "--num-threads: expected a whole number from 1 to "),
     ("train --num-threads 1000000", "--num-threads: expected a whole number from 1 to "),
+    ("train --mistakes {tmp}/mistakes.jpg", "--mistakes: expected a name that ends in .png"),
     ("train --plot {tmp}/missing/curves.png", "No such file or directory"),
     ("train --plot {tmp}/curves.jpg", "--plot: expected a name that ends in .png"),
     ("train --plot /proc/curves.png", "--plot: cannot write '/proc/curves.png'"),
@@ -54,6 +61,9 @@ BAD = [
     ("train --checkpoint {tmp}/missing/state", "--checkpoint: cannot write"),
     ("train --checkpoint {tmp}/file/state", "Not a directory"),
     ("train --checkpoint {tmp}", "is a directory"),
+    ("experiment", "the following arguments are required: NAME"),
+    ("experiment fly", "invalid choice: 'fly'"),
+    ("experiment all --seeds 0", "--seeds: expected a whole number of at least 1, got '0'"),
     ("bench --json {tmp}/missing/bench.json", "--json: cannot write"),
     ("bench --num-threads zero", "--num-threads: expected a whole number from 1 to "),
     ("bench --quick yes", "unrecognized arguments: yes"),
@@ -62,10 +72,14 @@ BAD_WITH_EXTRA = [
     ("train --compare --no-bn", "--compare trains two networks"),
     ("train --compare --checkpoint {tmp}/state", "--compare trains two networks"),
     ("train --compare --resume {tmp}/state", "--compare trains two networks"),
+    ("train --compare --mistakes {tmp}/a.png", "--mistakes shows one network, --compare trains two"),
+    ("train --data {tmp}/missing", "missing: no such folder, and neither 'digits' nor 'fashion-mnist'"),
+    ("train --data {tmp}", "train-images-idx3-ubyte: cannot be read: No such file or directory"),
     ("train --resume {tmp}/missing", "missing: cannot be read: No such file or directory"),
     ("train --resume {tmp}", "cannot be read: "),
     ("train --resume {tmp}/file", "damaged, or not a safetensors file"),
     ("train --resume ", "cannot be read: "),
+    ("experiment cost --output {tmp}/new --data {tmp}/missing", "missing: no such folder"),
 ]
 
 
@@ -99,7 +113,7 @@ def test_resume_refuses_options_that_contradict_the_checkpoint(tmp_path, capsys)
 
     # What is not said is taken from the file.
     code, out, _ = run(capsys, "train", "--resume", path, "--epochs", 2)
-    assert code == 0 and out.startswith("without BN: lr 0.02,")
+    assert code == 0 and out.startswith("cnn_bn on digits, without BN: sgd, lr 0.02,")
     assert [line.split()[0] for line in out.splitlines()[2:4]] == ["1", "2"]
 
     batchnorm = tmp_path / "with"
@@ -134,7 +148,9 @@ def test_divergence_is_one_line_and_code_1(tmp_path, capsys):
     [
         ("sklearn", ()),
         ("tqdm", ()),
+        ("threadpoolctl", ()),
         ("matplotlib", ("--plot", "{tmp}/a.png")),
+        ("matplotlib", ("--mistakes", "{tmp}/a.png")),
         ("safetensors", ("--checkpoint", "{tmp}/a")),
     ],
 )
@@ -147,7 +163,7 @@ def test_missing_extra_is_one_line(missing, arguments, tmp_path, monkeypatch, ca
 
 def test_bench_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsys):
     shapes = (((2, 3, 4, 5), 1, "NCHW"), ((2, 4, 5, 3), -1, "NHWC"), ((6, 8), 1, "NC"))
-    monkeypatch.setattr(cli, "QUICK_SHAPES", shapes)
+    monkeypatch.setattr(bench, "QUICK_SHAPES", shapes)
     path = tmp_path / "bench.json"
     code, out, err = run(capsys, "bench", "--quick", "--num-threads", 1, "--json", path)
     assert (code, err) == (0, "")
@@ -175,9 +191,9 @@ def test_bench_formulas_compute_what_fastbn_computes():
     dx = fastbn.batchnorm_backward(dy, cache).dx
     mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
     g, b = gamma.reshape(vector), beta.reshape(vector)
-    np.testing.assert_allclose(cli.numpy_forward(x, g, b, axes), y, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(cli.numpy_inference(x, g, b, mean, var), y, rtol=1e-12, atol=1e-12)
-    ours = cli.numpy_backward(dy, x, g, mean, 1 / np.sqrt(var + 1e-5), axes)
+    np.testing.assert_allclose(bench.numpy_forward(x, g, b, axes), y, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(bench.numpy_inference(x, g, b, mean, var), y, rtol=1e-12, atol=1e-12)
+    ours = bench.numpy_backward(dy, x, g, mean, 1 / np.sqrt(var + 1e-5), axes)
     np.testing.assert_allclose(ours, dx, rtol=1e-12, atol=1e-12)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import fastbn
 from fastbn import cli, nn
+from fastbn.cli.train import DEFAULTS
 from fastbn.nn.models import digits_cnn
 
 pytest.importorskip("sklearn")
@@ -49,8 +50,8 @@ def test_digits_are_split_the_same_way_and_by_class(digits):
 def test_default_run_reaches_97_percent(capsys):
     assert cli.main(["train"]) == 0
     output = capsys.readouterr()
-    last = [line.split() for line in output.out.splitlines() if line.strip()][-1]
-    assert last[0] == str(cli.DEFAULTS["epochs"])
+    last = [line.split() for line in output.out.splitlines() if line.startswith(" ")][-1]
+    assert last[0] == str(DEFAULTS["epochs"])
     assert float(last[3].rstrip("%")) >= 97
     assert output.err == ""  # no progress bar where there is no terminal
 
@@ -109,6 +110,35 @@ def test_divergence_ends_the_training(digits, tmp_path):
     _, history = train(digits, epochs=5, batch_norm=False, lr=1e30, save_to=path)
     assert len(history) == 1 and not math.isfinite(history[0]["train_loss"])
     assert nn.checkpoint.load(path).history == []  # the last state that was sound
+
+
+@pytest.mark.parametrize("size", [7, 50, 300])
+def test_recalibration_gives_the_statistics_of_all_images(digits, size):
+    """The first normalization sees the same in every batch size: there the result must be that of one large batch."""
+    model, _ = train(digits, epochs=1)
+    norms = [part for part in nn.walk(model) if hasattr(part, "running_mean")]
+    options = [(norm.momentum, norm.unbiased) for norm in norms]
+    x = digits.x_train[:300]
+    nn.recalibrate(model, x, batch_size=size)
+    stats = fastbn.batchnorm_stats(model.layers[0].forward(x))
+    np.testing.assert_allclose(norms[0].running_mean, stats.mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(norms[0].running_var, stats.var(), rtol=1e-5)
+    assert [(norm.momentum, norm.unbiased) for norm in norms] == options
+    assert not any(part.training for part in nn.walk(model))
+
+
+def test_recalibration_leaves_dropout_alone_and_repairs_stale_statistics(digits):
+    model, history = train(digits, epochs=3)
+    dropout = nn.Dropout(0.9, rng=0)
+    model = nn.Sequential(*model.layers[:-1], dropout, model.layers[-1])
+    for part in nn.walk(model):
+        if hasattr(part, "running_mean"):
+            part.running_mean += 3
+    assert nn.evaluate(model, digits.x_test, digits.y_test) < 0.9
+    state = dropout.rng.bit_generator.state
+    nn.recalibrate(model, digits.x_train)
+    assert dropout.rng.bit_generator.state == state
+    assert nn.evaluate(model, digits.x_test, digits.y_test) >= history[-1]["test_accuracy"] - 0.01
 
 
 def test_import_needs_numpy_only():

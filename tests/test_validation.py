@@ -141,7 +141,6 @@ TABLE = [
      ArgumentError, "activation: expected a finite slope"),
     ("activation-slope-text", lambda a: plain(a, activation=("leaky_relu", "0.1")),
      ArgumentError, "activation: expected a finite slope"),
-    ("device-cuda", lambda a: plain(a, device="cuda"), DeviceError, "not installed"),
     ("device-unknown", lambda a: plain(a, device="tpu"),
      ArgumentError, "device: expected one of 'cpu', 'cuda', got 'tpu'"),
     ("keyword-unknown", lambda a: plain(a, decay=0.9), TypeError, "decay"),

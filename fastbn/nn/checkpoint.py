@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from fastbn.nn.layers import LayerLike, State
-from fastbn.nn.optim import SGD
+from fastbn.nn.layers import LayerLike, State, walk
+from fastbn.nn.optim import Optimizer
 
-VERSION = 1
+VERSION = 2
 
 
 class CheckpointError(ValueError):
@@ -27,20 +27,26 @@ class Checkpoint:
 
     path: Path
     tensors: State
-    rng_state: dict[str, Any]
+    rng_states: list[dict[str, Any]]
     history: list[dict[str, Any]]
     config: dict[str, Any] = field(default_factory=dict)
 
-    def restore(self, model: LayerLike, optimizer: SGD, rng: np.random.Generator) -> None:
+    def restore(self, model: LayerLike, optimizer: Optimizer, rng: np.random.Generator) -> None:
         """Put the state back; CheckpointError if it does not fit."""
         try:
             for prefix, owner in (("model.", model), ("optimizer.", optimizer)):
                 owner.load_state_dict(
                     {name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)}
                 )
-            rng.bit_generator.state = self.rng_state
+            for generator, state in zip(generators(model, rng), self.rng_states, strict=True):
+                generator.bit_generator.state = state
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{self.path}: does not fit this model: {error}") from error
+
+
+def generators(model: LayerLike, rng: np.random.Generator) -> list[np.random.Generator]:
+    """All that decide random numbers of the training: that of the loop, and those of layers such as dropout."""
+    return [rng, *(layer.rng for layer in walk(model) if hasattr(layer, "rng"))]
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -67,7 +73,7 @@ def checksum(tensors: State, text: str) -> int:
 def save(
     path: str | os.PathLike[str],
     model: LayerLike,
-    optimizer: SGD,
+    optimizer: Optimizer,
     rng: np.random.Generator,
     history: list[dict[str, Any]],
     config: dict[str, Any] | None = None,
@@ -77,9 +83,8 @@ def save(
 
     tensors = {f"model.{name}": np.asarray(x) for name, x in model.state_dict().items()}
     tensors |= {f"optimizer.{name}": x for name, x in optimizer.state_dict().items()}
-    text = json.dumps(
-        {"version": VERSION, "rng_state": rng.bit_generator.state, "history": history, "config": config or {}}
-    )
+    states = [generator.bit_generator.state for generator in generators(model, rng)]
+    text = json.dumps({"version": VERSION, "rng_states": states, "history": history, "config": config or {}})
     # safetensors finds a file that is too short or too long, but not a flipped bit.
     metadata = {"fastbn": text, "crc32": str(checksum(tensors, text))}
     write_atomically(path, to_bytes(tensors, metadata))

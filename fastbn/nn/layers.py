@@ -3,7 +3,8 @@
 A layer is used in turn: ``y = layer.forward(x)`` keeps what ``dx = layer.backward(dy)`` needs. Parameters are the
 arrays ``weight`` and ``bias``; `backward` leaves their gradients in ``weight_grad`` and ``bias_grad``. This is also how
 `fastbn.BatchNorm1d`, `2d` and `3d` work, so they stand between these layers as they are. In shapes, N is the batch,
-C the channels, F the filters (the output's channels), H and W height and width.
+C the channels, F the filters (the output's channels), H and W height and width; images are (N, C, H, W) or, with
+``layout="NHWC"``, (N, H, W, C).
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ Rng = np.random.Generator | int | None
 
 
 class LayerLike(Protocol):
-    """What `Sequential` asks of a layer."""
+    """What a container asks of a layer."""
+
+    training: bool
 
     def forward(self, x: Array, /) -> Array: ...
     def backward(self, dy: Array, /) -> Any: ...
@@ -30,17 +33,24 @@ class LayerLike(Protocol):
     def load_state_dict(self, state: Any, /) -> Any: ...
 
 
+def walk(layer: Any) -> Iterator[Any]:
+    """The layer and all that it is made of, in the order of its state."""
+    yield layer
+    for inner in getattr(layer, "layers", ()):
+        yield from walk(inner)
+
+
 def parameters(layer: LayerLike) -> list[tuple[Array, Any]]:
     """Pairs (value, gradient) of a layer and of the ``layers`` it is made of.
 
     The gradient is that of the last backward, None before the first.
     """
-    own = [
-        (getattr(layer, name), getattr(layer, f"{name}_grad", None))
+    return [
+        (getattr(part, name), getattr(part, f"{name}_grad", None))
+        for part in walk(layer)
         for name in ("weight", "bias")
-        if getattr(layer, name, None) is not None
+        if getattr(part, name, None) is not None
     ]
-    return own + [pair for inner in getattr(layer, "layers", ()) for pair in parameters(inner)]
 
 
 def copy_into(targets: Mapping[str, Array], state: Mapping[str, Array]) -> None:
@@ -60,24 +70,22 @@ def initial(rng: np.random.Generator, shape: tuple[int, ...], fan_in: int, dtype
     return rng.uniform(-bound, bound, shape).astype(dtype)
 
 
-def windows(x: Array, size: int, stride: int) -> Iterator[Array]:
-    """Views of `x` (N, C, H, W), one for each place in a size x size window, each of shape (N, C, OH, OW).
-
-    The view of place (i, j) holds ``x[:, :, i + stride * oh, j + stride * ow]``: what all windows see at that place.
-    Reading the views gathers the windows; adding to them scatters gradients back.
-    """
-    span_h, span_w = x.shape[2] - size + 1, x.shape[3] - size + 1
-    if span_h < 1 or span_w < 1:
-        raise ValueError(f"x: expected height and width of at least {size}, got shape {x.shape}")
-    for i in range(size):
-        for j in range(size):
-            yield x[:, :, i : i + span_h : stride, j : j + span_w : stride]
+def channel_axis(layout: str, first: str = "NCHW", last: str = "NHWC") -> int:
+    """1 or -1; ValueError for a layout that is neither `first` nor `last`."""
+    if layout not in (first, last):
+        raise ValueError(f"layout: expected {first!r} or {last!r}, got {layout!r}")
+    return 1 if layout == first else -1
 
 
 class Layer:
-    """Base of the layers below: one without parameters defines `forward` and `backward` only."""
+    """Base of the layers: one without parameters defines `forward` and `backward` only.
+
+    A layer that is made of others has them in ``layers``. State keys are then PyTorch's: ``"0.weight"`` is the weight
+    of the first one.
+    """
 
     training = True
+    layers: tuple[LayerLike, ...] = ()
     weight: Array
     bias: Array | None = None
 
@@ -92,82 +100,35 @@ class Layer:
 
     def train(self) -> None:
         self.training = True
+        for layer in self.layers:
+            layer.train()
 
     def eval(self) -> None:
         self.training = False
+        for layer in self.layers:
+            layer.eval()
 
     def _state(self) -> State:
         return {name: getattr(self, name) for name in ("weight", "bias") if getattr(self, name, None) is not None}
 
     def state_dict(self) -> State:
-        """Copies of the parameters."""
-        return {name: value.copy() for name, value in self._state().items()}
+        """Copies of the parameters, and of the running statistics of batch normalization."""
+        state = {name: value.copy() for name, value in self._state().items()}
+        for i, layer in enumerate(self.layers):
+            state |= {f"{i}.{name}": value for name, value in layer.state_dict().items()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Array], /) -> None:
-        copy_into(self._state(), state)
-
-
-class Conv2d(Layer):
-    """Convolution of images with square kernels.
-
-    Parameters
-    ----------
-    in_channels, out_channels, kernel_size, stride, padding : int
-        `padding` zeros are put on each side of height and width.
-    bias : bool
-    rng : numpy.random.Generator, int or None
-        Source of the initial weights.
-    dtype : dtype of the parameters
-
-    Attributes
-    ----------
-    weight, weight_grad : ndarray of shape (out_channels, in_channels, kernel_size, kernel_size)
-    bias, bias_grad : ndarray of shape (out_channels,), or None
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        padding: int = 0,
-        bias: bool = True,
-        *,
-        rng: Rng = None,
-        dtype: DTypeLike = np.float32,
-    ) -> None:
-        rng = np.random.default_rng(rng)
-        self.stride, self.padding = stride, padding
-        fan_in = in_channels * kernel_size**2
-        self.weight = initial(rng, (out_channels, in_channels, kernel_size, kernel_size), fan_in, dtype)
-        self.bias = initial(rng, (out_channels,), fan_in, dtype) if bias else None
-
-    def forward(self, x: Array, /) -> Array:
-        """(N, C, H, W) to (N, F, OH, OW), with ``OH = (H + 2 * padding - kernel_size) // stride + 1``."""
-        F, C, K, _ = self.weight.shape
-        N, p = len(x), self.padding
-        padded = np.pad(x, ((0, 0), (0, 0), (p, p), (p, p)))
-        columns = np.stack(list(windows(padded, K, self.stride)), axis=2)  # (N, C, K*K, OH, OW)
-        OH, OW = columns.shape[3:]
-        self.columns = columns.reshape(N, C * K * K, OH * OW)
-        self.padded_shape = padded.shape
-        y: Array = (self.weight.reshape(F, -1) @ self.columns).reshape(N, F, OH, OW)
-        return y if self.bias is None else y + self.bias[:, None, None]
-
-    def backward(self, dy: Array, /) -> Array:
-        """(N, F, OH, OW) to (N, C, H, W)."""
-        N, F, OH, OW = dy.shape
-        _, C, K, _ = self.weight.shape
-        dy = dy.reshape(N, F, OH * OW)
-        self.weight_grad = (dy @ self.columns.transpose(0, 2, 1)).sum(axis=0).reshape(self.weight.shape)
-        self.bias_grad = dy.sum(axis=(0, 2))
-        dcolumns = (self.weight.reshape(F, -1).T @ dy).reshape(N, C, K * K, OH, OW)
-        dx = np.zeros(self.padded_shape, dcolumns.dtype)
-        for place, view in enumerate(windows(dx, K, self.stride)):
-            view += dcolumns[:, :, place]
-        p = self.padding
-        return dx[:, :, p : dx.shape[2] - p, p : dx.shape[3] - p]
+        expected = self.state_dict().keys()
+        if state.keys() != expected:
+            raise ValueError(f"state: expected {sorted(expected)}, got {sorted(state)}")
+        own = self._state()
+        copy_into(own, {name: state[name] for name in own})
+        for i, layer in enumerate(self.layers):
+            prefix = f"{i}."
+            layer.load_state_dict(
+                {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            )
 
 
 class Linear(Layer):
@@ -217,33 +178,38 @@ class ReLU(Layer):
         return dx
 
 
-class MaxPool2d(Layer):
-    """Maximum over square windows, which may overlap; `stride` is `kernel_size` unless given."""
-
-    def __init__(self, kernel_size: int, stride: int | None = None) -> None:
-        self.kernel_size, self.stride = kernel_size, stride or kernel_size
+class Sigmoid(Layer):
+    """``1 / (1 + exp(-x))`` of an array of any shape."""
 
     def forward(self, x: Array, /) -> Array:
-        """(N, C, H, W) to (N, C, OH, OW), with ``OH = (H - kernel_size) // stride + 1``."""
-        first, *others = windows(x, self.kernel_size, self.stride)
-        y = first.copy()
-        for view in others:
-            np.maximum(y, view, out=y)
-        self.x, self.y = x, y
+        self.y = (1 + np.tanh(x / 2)) / 2  # the same function; exp would overflow
+        return self.y
+
+    def backward(self, dy: Array, /) -> Array:
+        dx: Array = dy * self.y * (1 - self.y)
+        return dx
+
+
+class Dropout(Layer):
+    """In training, each value becomes 0 with probability `p`, and the others are divided by ``1 - p``.
+
+    Srivastava et al., "Dropout", JMLR 15, 2014, section 10 (the scaling is done in training, not in inference).
+    """
+
+    def __init__(self, p: float = 0.5, *, rng: Rng = None) -> None:
+        if not 0 <= p < 1:
+            raise ValueError(f"p: expected a number of at least 0 and below 1, got {p!r}")
+        self.p, self.rng = p, np.random.default_rng(rng)
+
+    def forward(self, x: Array, /) -> Array:
+        self.scale = np.ones((), x.dtype)
+        if self.training:
+            self.scale = ((self.rng.random(x.shape, np.float32) >= self.p) / (1 - self.p)).astype(x.dtype)
+        y: Array = x * self.scale
         return y
 
     def backward(self, dy: Array, /) -> Array:
-        """The gradient goes to the maximum of each window: the first one if several are equal."""
-        dx = np.zeros_like(self.x)
-        unclaimed = np.ones(dy.shape, bool)
-        for x_view, dx_view in zip(
-            windows(self.x, self.kernel_size, self.stride),
-            windows(dx, self.kernel_size, self.stride),
-            strict=True,
-        ):
-            here = unclaimed & (x_view == self.y)
-            dx_view += dy * here
-            unclaimed &= ~here
+        dx: Array = dy * self.scale
         return dx
 
 
@@ -259,7 +225,7 @@ class Flatten(Layer):
 
 
 class Sequential(Layer):
-    """Layers one after the other. State keys are PyTorch's: ``"0.weight"`` is the weight of the first layer."""
+    """Layers one after the other."""
 
     def __init__(self, *layers: LayerLike) -> None:
         self.layers = layers
@@ -274,25 +240,99 @@ class Sequential(Layer):
             dy = layer.backward(dy)
         return dy
 
-    def train(self) -> None:
-        for layer in self.layers:
-            layer.train()
 
-    def eval(self) -> None:
-        for layer in self.layers:
-            layer.eval()
+class Concat(Layer):
+    """Branches that all see x; their outputs, one behind the other along the channels."""
 
-    def state_dict(self) -> State:
-        return {
-            f"{i}.{name}": value for i, layer in enumerate(self.layers) for name, value in layer.state_dict().items()
-        }
+    def __init__(self, *branches: LayerLike, layout: str = "NCHW") -> None:
+        self.layers, self.axis = branches, channel_axis(layout)
 
-    def load_state_dict(self, state: Mapping[str, Array], /) -> None:
-        expected = self.state_dict().keys()
-        if state.keys() != expected:
-            raise ValueError(f"state: expected {sorted(expected)}, got {sorted(state)}")
-        for i, layer in enumerate(self.layers):
-            prefix = f"{i}."
-            layer.load_state_dict(
-                {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            )
+    def forward(self, x: Array, /) -> Array:
+        outputs = [branch.forward(x) for branch in self.layers]
+        self.ends = np.cumsum([y.shape[self.axis] for y in outputs])
+        return np.concatenate(outputs, self.axis)
+
+    def backward(self, dy: Array, /) -> Array:
+        parts = np.split(dy, self.ends[:-1], self.axis)
+        dx = np.zeros((), dy.dtype)
+        for branch, part in zip(self.layers, parts, strict=True):
+            dx = dx + branch.backward(part)
+        return dx
+
+
+class AddReLU(Layer):
+    """``max(x + residual, 0)``: what joins a residual block without batch normalization."""
+
+    def forward(self, x: Array, residual: Array | None = None, /) -> Array:
+        self.had_residual = residual is not None
+        self.y = np.maximum(x if residual is None else x + residual, 0)
+        return self.y
+
+    def backward(self, dy: Array, /) -> Any:
+        """dx, or (dx, dresidual) if there was a residual: as `fastbn.BatchNorm2d`."""
+        dx = dy * (self.y > 0)
+        return (dx, dx) if self.had_residual else dx
+
+
+class Residual(Layer):
+    """``join(body(x), shortcut(x))``.
+
+    `join` takes the residual as second argument, as ``fastbn.BatchNorm2d(..., activation="relu")`` does: normalization,
+    sum and activation are then one pass over memory. Without a `shortcut` the residual is x itself.
+    """
+
+    def __init__(self, body: LayerLike, join: Any, shortcut: LayerLike | None = None) -> None:
+        self.body, self.join, self.shortcut = body, join, shortcut
+        self.layers = (body, join) if shortcut is None else (body, join, shortcut)
+
+    def forward(self, x: Array, /) -> Array:
+        residual = x if self.shortcut is None else self.shortcut.forward(x)
+        y: Array = self.join.forward(self.body.forward(x), residual)
+        return y
+
+    def backward(self, dy: Array, /) -> Array:
+        dbody, dresidual = self.join.backward(dy)
+        if self.shortcut is not None:
+            dresidual = self.shortcut.backward(dresidual)
+        dx: Array = self.body.backward(dbody) + dresidual
+        return dx
+
+
+class Subsample(Layer):
+    """Every second pixel of each axis, and channels of zeros behind: the shortcut without parameters of He et al.,
+    "Deep Residual Learning for Image Recognition", 2015, arXiv:1512.03385, section 3.3 (option A)."""
+
+    def __init__(self, new_channels: int, layout: str = "NCHW") -> None:
+        self.new_channels, self.axis = new_channels, channel_axis(layout)
+        self.places: list[slice] = [slice(None, None, 2)] * 4
+        self.places[0] = self.places[self.axis] = slice(None)
+
+    def forward(self, x: Array, /) -> Array:
+        self.shape = x.shape
+        widths = [(0, 0)] * 4
+        widths[self.axis] = (0, self.new_channels)
+        return np.pad(x[tuple(self.places)], widths)
+
+    def backward(self, dy: Array, /) -> Array:
+        dx = np.zeros(self.shape, dy.dtype)
+        dx[tuple(self.places)] = np.split(dy, [self.shape[self.axis]], self.axis)[0]
+        return dx
+
+
+class Columns(Layer):
+    """Images as sequences of their columns: (N, C, H, W) to (N, C * H, W), (N, H, W, C) to (N, W, C * H)."""
+
+    def __init__(self, layout: str = "NCHW") -> None:
+        self.last = channel_axis(layout) == -1
+
+    def forward(self, x: Array, /) -> Array:
+        self.shape = x.shape
+        if not self.last:
+            return x.reshape(len(x), -1, x.shape[3])
+        return np.ascontiguousarray(x.transpose(0, 2, 3, 1)).reshape(len(x), x.shape[2], -1)
+
+    def backward(self, dy: Array, /) -> Array:
+        if not self.last:
+            return dy.reshape(self.shape)
+        N, H, W, C = self.shape
+        return dy.reshape(N, W, C, H).transpose(0, 3, 1, 2)

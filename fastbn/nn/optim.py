@@ -1,12 +1,24 @@
-"""The optimizer: stochastic gradient descent."""
+"""The optimizers, and schedules of their learning rate."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
 from fastbn.nn.layers import Array, LayerLike, State, copy_into, parameters
+
+
+class Optimizer(Protocol):
+    """What the training loop and checkpoints ask of an optimizer."""
+
+    lr: float
+
+    def step(self) -> None: ...
+    def state_dict(self) -> State: ...
+    def load_state_dict(self, state: Mapping[str, Array], /) -> None: ...
 
 
 class SGD:
@@ -28,5 +40,73 @@ class SGD:
     def state_dict(self) -> State:
         return {f"velocity.{i}": velocity for i, velocity in enumerate(self.velocities)}
 
-    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+    def load_state_dict(self, state: Mapping[str, Array], /) -> None:
         copy_into(self.state_dict(), state)
+
+
+class Adam:
+    """Steps of about the size `lr`, whatever the size of the gradients.
+
+    Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015, arXiv:1412.6980, algorithm 1; weight decay is
+    added to the gradient, as in PyTorch.
+    """
+
+    def __init__(
+        self,
+        model: LayerLike,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        self.model, self.lr, self.betas, self.eps, self.weight_decay = model, lr, betas, eps, weight_decay
+        self.steps = np.zeros((), np.int64)
+        self.means = [np.zeros_like(value) for value, _ in parameters(model)]
+        self.squares = [np.zeros_like(value) for value, _ in parameters(model)]
+
+    def step(self) -> None:
+        self.steps += 1
+        beta1, beta2 = self.betas
+        # The averages start at 0: they are divided by the weight that has come in so far.
+        scale = self.lr / (1 - beta1 ** int(self.steps))
+        root = math.sqrt(1 - beta2 ** int(self.steps))
+        for mean, square, (value, gradient) in zip(self.means, self.squares, parameters(self.model), strict=True):
+            gradient = gradient + self.weight_decay * value
+            mean += (1 - beta1) * (gradient - mean)
+            square += (1 - beta2) * (gradient * gradient - square)
+            value -= scale * mean / (np.sqrt(square) / root + self.eps)
+
+    def state_dict(self) -> State:
+        averages = (("mean", self.means), ("square", self.squares))
+        return {"steps": self.steps} | {f"{name}.{i}": x for name, arrays in averages for i, x in enumerate(arrays)}
+
+    def load_state_dict(self, state: Mapping[str, Array], /) -> None:
+        copy_into(self.state_dict(), state)
+
+
+# A schedule gives the factor of the learning rate after so many epochs, fractions included. It has no state, so
+# resuming needs no more than the number of epochs.
+Schedule = Callable[[float], float]
+
+
+def constant(epochs: float) -> float:
+    return 1.0
+
+
+def cosine(total: float) -> Schedule:
+    """From 1 to 0 in `total` epochs, along half a cosine: Loshchilov and Hutter 2016, arXiv:1608.03983, equation 5."""
+    return lambda epochs: (1 + math.cos(math.pi * min(epochs / total, 1.0))) / 2
+
+
+def step_decay(every: float, factor: float = 0.1) -> Schedule:
+    """Times `factor` after each `every` epochs."""
+    return lambda epochs: factor ** (epochs // every)
+
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {"sgd": SGD, "adam": Adam}
+# By name, made for a number of epochs.
+SCHEDULES: dict[str, Callable[[float], Schedule]] = {
+    "constant": lambda total: constant,
+    "cosine": cosine,
+    "step": lambda total: step_decay(total / 3),
+}

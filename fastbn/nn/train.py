@@ -12,10 +12,12 @@ import numpy as np
 
 from fastbn.nn import checkpoint
 from fastbn.nn.data import Dataset
-from fastbn.nn.layers import Array, Sequential
+from fastbn.nn.inference import evaluate
+from fastbn.nn.layers import Array, LayerLike
 from fastbn.nn.loss import softmax_cross_entropy
-from fastbn.nn.optim import SGD
+from fastbn.nn.optim import Optimizer, Schedule, constant
 
+Augmentation = Callable[[Array, np.random.Generator], Array]
 Epoch = dict[str, Any]  # one row of the history: the keys of `fit`'s table
 
 HEADER = f"{'epoch':>5} {'train loss':>11} {'train acc':>10} {'test acc':>9} {'images/s':>9}"
@@ -28,25 +30,17 @@ def row(epoch: Epoch) -> str:
     )
 
 
-def evaluate(model: Sequential, x: Array, labels: Array, batch_size: int = 256) -> float:
-    """Share of images classified correctly, in inference mode."""
-    model.eval()
-    correct = 0
-    for start in range(0, len(x), batch_size):
-        batch = slice(start, start + batch_size)
-        correct += int((model.forward(x[batch]).argmax(axis=1) == labels[batch]).sum())
-    return correct / len(x)
-
-
 @np.errstate(over="ignore", invalid="ignore")  # training that diverges ends with a row that shows it
 def fit(
-    model: Sequential,
-    optimizer: SGD,
+    model: LayerLike,
+    optimizer: Optimizer,
     data: Dataset,
     *,
     epochs: int,
     batch_size: int,
     rng: np.random.Generator,
+    schedule: Schedule = constant,
+    augment: Augmentation | None = None,
     history: list[Epoch] | None = None,
     save_to: str | os.PathLike[str] | None = None,
     config: dict[str, Any] | None = None,
@@ -59,7 +53,11 @@ def fit(
     batch_size : int
         The most images of a batch: the batches of an epoch are of nearly equal size.
     rng : numpy.random.Generator
-        Shuffles. The same state gives the same result, bit for bit, on the same machine.
+        Shuffles and augments. The same state gives the same result, bit for bit, on the same machine.
+    schedule : callable
+        Factor of the optimizer's learning rate after so many epochs, fractions included: `fastbn.nn.cosine` and others.
+    augment : callable, optional
+        ``augment(images, rng)`` changes the images of a batch: `functools.partial` of `fastbn.nn.augment`.
     history : list of dict, optional
         Epochs done before, when a checkpoint was restored. Epochs are appended to it.
     save_to : path, optional
@@ -83,22 +81,25 @@ def fit(
     if save_to is not None:
         checkpoint.save(save_to, model, optimizer, rng, history, config)
 
-    images = len(data.x_train)
+    images, rate = len(data.x_train), optimizer.lr
     for number in range(len(history) + 1, epochs + 1):
         model.train()
         loss_sum, correct, start = 0.0, 0, time.perf_counter()
         # Equal parts, because a last batch of one image could have no variance to normalize with.
         batches = np.array_split(rng.permutation(images), math.ceil(images / batch_size))
-        for batch in tqdm(batches, desc=f"epoch {number}/{epochs}", unit="batch", leave=False, disable=None):
-            labels = data.y_train[batch]
-            logits = model.forward(data.x_train[batch])
+        progress = tqdm(batches, desc=f"epoch {number}/{epochs}", unit="batch", leave=False, disable=None)
+        for step, batch in enumerate(progress):
+            x, labels = data.x_train[batch], data.y_train[batch]
+            logits = model.forward(x if augment is None else augment(x, rng))
             loss, dlogits = softmax_cross_entropy(logits, labels)
             loss_sum += loss * len(batch)
             correct += int((logits.argmax(axis=1) == labels).sum())
             if not math.isfinite(loss):
                 break
             model.backward(dlogits)
+            optimizer.lr = rate * schedule(number - 1 + step / len(batches))
             optimizer.step()
+        optimizer.lr = rate
         speed = images / (time.perf_counter() - start)
         history.append(
             {

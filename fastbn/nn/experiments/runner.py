@@ -1,0 +1,101 @@
+"""Runs experiments seed by seed. The JSON file of an experiment is complete after each seed, and a run continues it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import fastbn
+from fastbn.nn.checkpoint import write_atomically
+from fastbn.nn.data import Dataset
+from fastbn.nn.experiments.protocol import Experiment, Result
+
+Record = dict[str, Any]  # what a JSON file holds: the keys of `new_record`
+DIGITS = 5  # significant ones of the numbers in a file
+
+
+class RecordError(ValueError):
+    """A file that is no record, or of another setting."""
+
+
+def new_record(experiment: Experiment, data_name: str, quick: bool) -> Record:
+    setting = {"data": data_name, **experiment.setting, **(experiment.quick if quick else {})}
+    machine = {"fastbn": fastbn.__version__, "numpy": np.__version__, "isa": fastbn.runtime.config()["isa"]}
+    return {"experiment": experiment.name, "quick": quick, "setting": setting, "machine": machine, "runs": {}}
+
+
+def read(path: Path) -> Record:
+    try:
+        record: Record = json.loads(path.read_text())
+    except ValueError as error:
+        raise RecordError(f"{path}: no record of an experiment ({error})") from error
+    return record
+
+
+def write(path: Path, record: Record) -> None:
+    """A line for each seed: a difference between two files is easy to see."""
+    head = "".join(f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in record.items() if key != "runs")
+    runs = ",\n".join(f"{json.dumps(seed)}: {json.dumps(run, allow_nan=False)}" for seed, run in record["runs"].items())
+    write_atomically(path, f'{{\n{head}"runs": {{\n{runs}\n}}\n}}\n'.encode())
+
+
+def rounded(value: float) -> float | None:
+    """`DIGITS` significant digits; None, which JSON knows, for what is not finite."""
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+
+
+def plain(result: Result) -> dict[str, Any]:
+    curves = [
+        {label: [[rounded(value) for value in axis] for axis in curve] for label, curve in panel.items()}
+        for panel in result.curves
+    ]
+    return {"values": {name: rounded(value) for name, value in result.values.items()}, "curves": curves}
+
+
+def part(data: Dataset, seed: int, images: int, test_images: int) -> Dataset:
+    """`images` of the training images, chosen at random, and the first `test_images` of the others."""
+    chosen = np.random.default_rng(seed).permutation(len(data.x_train))[:images]
+    return Dataset(data.x_train[chosen], data.y_train[chosen], data.x_test[:test_images], data.y_test[:test_images])
+
+
+def measure(experiment: Experiment, setting: dict[str, Any], data: Dataset, seed: int) -> dict[str, Any]:
+    """What one seed gives, and the CPU seconds it took; the seed also decides which training images are used."""
+    options = {name: value for name, value in setting.items() if name not in ("data", "images", "test_images")}
+    start = time.process_time()
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # some of what is trained diverges
+        result = experiment.measure(part(data, seed, setting["images"], setting["test_images"]), seed, **options)
+    return {"seconds": round(time.process_time() - start, 1), **plain(result)}
+
+
+def run(
+    experiment: Experiment,
+    seeds: Iterable[int],
+    path: Path,
+    load: Callable[[], Dataset],
+    data_name: str,
+    *,
+    quick: bool = False,
+    log: Callable[[str], object] = print,
+) -> Record:
+    """Measure those of `seeds` that are not in the file `path` yet, and return what is in it then.
+
+    `load` is called if there is something to measure. RecordError if the file was measured with another setting.
+    """
+    record = new_record(experiment, data_name, quick)
+    if path.exists():
+        found = read(path)
+        if found["setting"] != json.loads(json.dumps(record["setting"])):
+            raise RecordError(f"{path}: measured with another setting; remove it, or choose another folder")
+        record = found
+    for seed in seeds:
+        if str(seed) not in record["runs"]:
+            record["runs"][str(seed)] = measure(experiment, record["setting"], load(), seed)
+            write(path, record)
+            log(f"{experiment.name}: seed {seed}, {record['runs'][str(seed)]['seconds']:.0f} s")
+    return record
