@@ -15,7 +15,7 @@ WHEEL := $$(ls dist/fastbn-*.whl)
 SOURCES := setup.py pyproject.toml MANIFEST.in README.md LICENSE $(shell find src_c fastbn -type f \
 	! -path '*/__pycache__/*' ! -name '*.so' ! -name _build.json ! -name _core.c)
 
-.PHONY: help demo test test-long test-arm test-cuda test-valgrind asan lint format bench bench-cuda bench-quick develop \
+.PHONY: help demo test test-long test-arm test-cuda test-valgrind asan accuracy lint format bench bench-cuda bench-quick develop \
 	clean
 .DELETE_ON_ERROR:
 
@@ -48,6 +48,10 @@ asan: $(VENV)/.test  ## the tests of kernels and arguments on a build with the a
 	FASTBN_SANITIZE=address,undefined $(PIP) install --upgrade --no-deps --target build/asan .
 	PYTHONPATH=build/asan LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=halt_on_error=1 $(BIN)/pytest -n 2 $(ASAN_TESTS)
+
+accuracy: $(VENV)/.test  ## errors of fastbn, PyTorch, NumPy and JAX against exact arithmetic, into docs/numerics.md
+	$(PIP) install jax || echo "fastbn: no jax: it will be missing in the tables"
+	$(BIN)/python tests/accuracy.py
 
 # The GPU as the default device of the tests that hold on any device; numba-cuda's simulator stays off.
 test-cuda: $(VENV)/.test  ## all of that runs on a GPU, on one (needs an NVIDIA driver for CUDA 13)
