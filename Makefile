@@ -13,7 +13,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 WHEEL := $$(ls dist/fastbn-*.whl)
 # What the wheel is made from, without what builds leave there.
 SOURCES := setup.py pyproject.toml MANIFEST.in README.md LICENSE $(shell find src_c fastbn -type f \
-	! -path '*/__pycache__/*' ! -name '*.so' ! -name _build.json ! -name _core.c)
+	! -path '*/__pycache__/*' ! -name '*.so' ! -name _build.json ! -name _core.c ! -name _windows.c)
 
 .PHONY: help demo test test-long test-arm test-cuda test-valgrind asan accuracy lint format bench bench-cuda bench-quick develop \
 	clean
@@ -70,7 +70,7 @@ lint: $(VENV)/.lint  ## formats, style and types of Python, Cython, C
 	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint fastbn
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
 	$(BIN)/mypy
-	$(BIN)/stubtest --ignore-missing-stub fastbn._core
+	$(BIN)/stubtest --ignore-missing-stub fastbn._core fastbn.nn._windows
 
 format: $(VENV)/.lint  ## rewrite Python and C as `make lint` wants them
 	$(BIN)/ruff check --fix
