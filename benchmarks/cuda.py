@@ -3,7 +3,7 @@
     python benchmarks/cuda.py --output benchmarks/results/cuda.json [--quick]
 
 Needs PyTorch with CUDA. Device time is that between two events around `CALLS` calls, after as many untimed; wall time
-is the host's, with a wait at the end. Contenders take turns in random order; medians of `rounds` rounds. Bytes are
+is the host's, with a wait at the end; where a call costs the host more than the GPU, both say so. Contenders take turns in random order; medians of `rounds` rounds. Bytes are
 those that must move: two reads and a write for forward, a read and a write for inference, four reads and a write for
 backward; the share is their time at the copy speed measured in the same round over the time taken.
 """
@@ -45,7 +45,8 @@ def contenders(shape, dtype, memory_format):
     mean, var = torch.zeros(channels, device="cuda"), torch.ones(channels, device="cuda")
     out = torch.empty_like(x)
     functional = torch.nn.functional.batch_norm
-    compiled = torch.compile(functional)
+    torch._dynamo.reset()  # else it falls back to eager after a few shapes
+    compiled = torch.compile(functional, dynamic=False)
     leaf, weight, bias = (tensor.detach().clone().requires_grad_() for tensor in (x, gamma, beta))
     _, cache = fastbn.batchnorm_forward(x, gamma, beta, device="cuda")
 

@@ -167,10 +167,10 @@ def test_cuda_shapes_of_these_tests_take_every_way():
             for itemsize in (2, 4, 8):
                 operand = _plan.Operand(0, _plan.contiguous_strides(shape, itemsize))
                 threads = 16 if planar else 32
-                plans.append(_plan.make(shape, [operand], itemsize, planar, 2, threads))
+                plans.append(_plan.make(shape, [operand], itemsize, planar, _launch.processors(), threads))
     for planar in (True, False):
         mine = [plan for plan in plans if plan.planar == planar]
-        assert {plan.single for plan in mine} == {True, False}
+        assert {plan.splits > 1 for plan in mine} == {True, False}
         assert {plan.tiles > 1 for plan in mine} == {True, False} or planar
         assert {plan.width for plan in mine} >= {1, 2, 4}
     assert {plan.fold for plan in plans} > {1}

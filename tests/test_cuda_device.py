@@ -79,6 +79,22 @@ def test_cuda_device_cupy_arrays_stay_cupy_arrays():
         close(cupy.asnumpy(actual), expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize(
+    "shape", [(64, 3, 4096), (70000, 3), (40000, 64), (4001, 1023), (256, 2048, 7, 7), (3, 5, 70001)]
+)
+def test_cuda_device_shapes_that_fill_it(shape, dtype):
+    """Many splits, several tiles, folded rows: what the simulator is too slow for."""
+    x, dy = (make_random(shape, 1, dtype, seed) for seed in (0, 1))
+    parameters = make_parameters(shape[1])
+    for order in (np.ascontiguousarray, lambda a: np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 1, -1)), -1, 1)):
+        arrays = order(x), order(dy), *parameters
+        for actual, expected in zip(on_gpu(*arrays), on_cpu(*arrays), strict=True):
+            u = np.finfo(dtype).eps if actual.dtype == x.dtype else np.finfo(np.float32).eps
+            scale = max(np.abs(expected.astype(np.float64)).max(), 1)
+            assert np.abs(actual.astype(np.float64) - expected).max() <= 64 * max(u, 1e-12) * scale
+
+
 def test_cuda_device_numba_streams():
     arrays = problem()
     expected = [result.copy_to_host() for result in on_gpu(*map(cuda.to_device, arrays))]

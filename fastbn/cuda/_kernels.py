@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cuda
 
 from fastbn import _core, runtime
 
-from ._access import FORMATS, peek_byte, poke_byte, vector
+from ._access import FORMATS, SIMULATOR, peek_byte, poke_byte, vector
 from ._functions import (
     activation,
     add_rows,
@@ -49,12 +49,31 @@ GAMMA, BETA = _core.STATISTICS_GAMMA, _core.STATISTICS_BETA
 IDENTITY = runtime.ACTIVATION_INDEX["identity"]
 
 
-@lru_cache
-def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_of_activation: int) -> Any:
-    """The kernel of training and inference for one dtype, width of vectors, family and activation.
+def limits(threads: int) -> dict[str, int]:
+    """Options of the compiler: so many threads must find registers. (The simulator does not know them.)"""
+    return {} if SIMULATOR else {"launch_bounds": threads}
 
-    `loads` vectors are read before the first of them is used: memory is far away.
-    """
+
+class Variant(NamedTuple):
+    """What a kernel is compiled for: all that decides about its registers."""
+
+    code: str  # of the dtype
+    width: int  # values of a vector
+    planar: bool
+    threads: int  # of a block
+    loads: int  # vectors that are read before the first of them is used: memory is far away
+    activation: int
+    phases: int
+    training: bool
+    residual: bool
+    mask: bool
+    dresidual: bool = False
+
+
+@lru_cache
+def forward(variant: Variant) -> Any:
+    """The kernel of training and inference."""
+    code, width, planar, threads, loads, row_of_activation, phases, training, has_residual, has_mask, _ = variant
     real: Any = FORMATS[code][1]
     load, store = vector(code, width)
     load_one, _ = vector(code, 1)
@@ -63,8 +82,8 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
     planes, read = 2 * lanes, loads * width
     table_size = 1 if planar else MAX_CHANNELS
 
-    @cuda.jit
-    def kernel(phases, scratch, geometry, x, residual, y, mask, statistics, parameters, mode, numbers):
+    @cuda.jit(**limits(threads))
+    def kernel(scratch, geometry, x, residual, y, mask, statistics, parameters, mode, numbers):
         channels, units, columns, side, rows, table, count, chunk, splits, runs, _fold, unit_values, row_values = (
             geometry
         )
@@ -72,7 +91,7 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
         r_address, _, r_unit, r_outer, r_inner = residual
         y_address, _, y_unit, y_outer, y_inner = y
         gamma, beta, running_mean, running_var = parameters
-        training, update, per_channel, degrees = mode
+        update, per_channel, degrees = mode
         eps, momentum, slope = numbers[0], numbers[1], real(numbers[2])
         shifts, partials = scratch, scratch + 8 * channels
 
@@ -84,7 +103,10 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
         one = cuda.local.array(1, real)
 
         thread = cuda.threadIdx.x
-        tile, split = cuda.blockIdx.x // splits, cuda.blockIdx.x % splits
+        block = cuda.blockIdx.x
+        if phases == MAP:  # the last blocks of the reduce are those whose values are still in the L2 cache
+            block = cuda.gridDim.x - 1 - block
+        tile, split = block // splits, block % splits
         tile_start = tile * side * lanes  # column
         row, unit = thread // side, tile * side + thread % side
         active = row < rows and unit < units
@@ -187,7 +209,7 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
                             outers[k] = outer
                             inners[k] = inner
                             load(x_address + unit * x_unit + outer * x_outer + inner * x_inner, values, k * width)
-                            if r_address != 0:
+                            if has_residual:
                                 load(r_address + unit * r_unit + outer * r_outer + inner * r_inner, added, k * width)
                             outer -= outer_step
                             inner -= inner_step
@@ -202,9 +224,9 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
                                 value = affine(
                                     values[at], terms[0, lane], terms[1, lane], terms[2, lane], terms[3, lane]
                                 )
-                                if r_address != 0:
+                                if has_residual:
                                     value += added[at]
-                                if mask != 0 and is_open(value, value, slope):
+                                if has_mask and is_open(value, value, slope):
                                     bits |= 1 << v
                                 values[at] = activate(value, value, slope)
                             store(
@@ -212,7 +234,7 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
                                 values,
                                 k * width,
                             )
-                            if mask != 0:
+                            if has_mask:
                                 place = unit * unit_values + (i - k * rows) * row_values
                                 poke_byte(mask + place // width, bits)
                     i -= loads * rows
@@ -221,19 +243,33 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
 
 
 @lru_cache
-def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_of_activation: int) -> Any:
-    """The kernel of the gradients, for one dtype, width of vectors, family and activation."""
+def backward(variant: Variant) -> Any:
+    """The kernel of the gradients."""
+    (
+        code,
+        width,
+        planar,
+        threads,
+        loads,
+        row_of_activation,
+        phases,
+        training,
+        has_residual,
+        has_mask,
+        writes_residual,
+    ) = variant
     real: Any = FORMATS[code][1]
     load, store = vector(code, width)
     load_one, _ = vector(code, 1)
     _activate, is_open, passed, stopped = activation(row_of_activation, real)
     identity = row_of_activation == IDENTITY
+    first_phase, last_phase = REDUCE if phases & REDUCE else MAP, MAP if phases & MAP else REDUCE
     lanes = 1 if planar else width
     planes, read = 2 * lanes, loads * width
     table_size = 1 if planar else MAX_CHANNELS
 
-    @cuda.jit
-    def kernel(phases, scratch, geometry, x, residual, dy, dx, dresidual, mask, statistics, parameters, mode, slope):
+    @cuda.jit(**limits(threads))
+    def kernel(scratch, geometry, x, residual, dy, dx, dresidual, mask, statistics, parameters, mode, slope):
         channels, units, columns, side, rows, table, count, chunk, splits, runs, _fold, unit_values, row_values = (
             geometry
         )
@@ -244,7 +280,7 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_
         dr_address, _, dr_unit, dr_outer, dr_inner = dresidual
         mask_address, mask_shift = mask
         dgamma, dbeta = parameters
-        training, reduced, per_channel = mode
+        reduced, per_channel = mode
         slope = real(slope)
         shifts, partials = scratch, scratch + 8 * channels
 
@@ -262,7 +298,10 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_
         one = cuda.local.array(1, real)
 
         thread = cuda.threadIdx.x
-        tile, split = cuda.blockIdx.x // splits, cuda.blockIdx.x % splits
+        block = cuda.blockIdx.x
+        if phases == MAP:  # the last blocks of the reduce are those whose values are still in the L2 cache
+            block = cuda.gridDim.x - 1 - block
+        tile, split = block // splits, block % splits
         tile_start = tile * side * lanes
         row, unit = thread // side, tile * side + thread % side
         active = row < rows and unit < units
@@ -285,9 +324,7 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_
                 coefficients[term, index] = real(0)
         cuda.syncthreads()
 
-        for phase in range(1, 3):  # REDUCE, MAP
-            if phases & phase == 0:
-                continue
+        for phase in range(first_phase, last_phase + 1):
             if phase == MAP and reduced:
                 wide = min(table, threads)
                 for first in range(0, table, wide):
@@ -336,7 +373,7 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_
                                 gradients,
                                 k * width,
                             )
-                            if r_address != 0:
+                            if has_residual:
                                 load(r_address + unit * r_unit + outer * r_outer + inner * r_inner, added, k * width)
                             if phase == REDUCE:
                                 outer += outer_step
@@ -353,7 +390,7 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_
                     for k in range(loads):
                         if start <= i + k * step < stop:
                             bits = 0
-                            if mask_address != 0:
+                            if has_mask:
                                 place = unit * unit_values + (i + k * step) * row_values
                                 bits = peek_byte(mask_address + (place >> mask_shift)) >> (
                                     place & ((1 << mask_shift) - 1)
@@ -363,13 +400,13 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_
                                 g = gradients[at]
                                 if not identity:
                                     value = real(0)
-                                    if mask_address != 0:
+                                    if has_mask:
                                         through = bits >> v & 1 != 0
                                     else:
                                         value = affine(
                                             values[at], terms[0, lane], terms[1, lane], terms[2, lane], terms[3, lane]
                                         )
-                                        if r_address != 0:
+                                        if has_residual:
                                             value += added[at]
                                         through = is_open(value, value, slope)
                                     g = passed(value, g, slope) if through else stopped(value, g, slope)
@@ -386,7 +423,7 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_
                             if phase == MAP:
                                 place = outers[k] * dx_outer + inners[k] * dx_inner
                                 store(dx_address + unit * dx_unit + place, values, k * width)
-                                if dr_address != 0:
+                                if writes_residual:
                                     place = outers[k] * dr_outer + inners[k] * dr_inner
                                     store(dr_address + unit * dr_unit + place, gradients, k * width)
                     i += loads * step
