@@ -3,9 +3,10 @@
     python benchmarks/cuda.py --output benchmarks/results/cuda.json [--quick]
 
 Needs PyTorch with CUDA. Device time is that between two events around `CALLS` calls, after as many untimed; wall time
-is the host's, with a wait at the end; where a call costs the host more than the GPU, both say so. Contenders take turns in random order; medians of `rounds` rounds. Bytes are
-those that must move: two reads and a write for forward, a read and a write for inference, four reads and a write for
-backward; the share is their time at the copy speed measured in the same round over the time taken.
+is the host's, with a wait at the end; where a call costs the host more than the GPU, both say so. Contenders take turns
+in random order; medians of `rounds` rounds. Bytes are those that must move: two reads and a write for forward, a read
+and a write for inference, four reads and a write for backward; the share is their time at the copy speed measured in
+the same round over the time taken.
 """
 
 import argparse
