@@ -13,7 +13,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 WHEEL := $$(ls dist/fastbn-*.whl)
 # What the wheel is made from, without what builds leave there.
 SOURCES := setup.py pyproject.toml MANIFEST.in README.md LICENSE $(shell find src_c fastbn -type f \
-	! -path '*/__pycache__/*' ! -name '*.so' ! -name _build.json ! -name _core.c)
+	! -path '*/__pycache__/*' ! -name '*.so' ! -name _build.json ! -name _core.c ! -name _windows.c)
 
 .PHONY: help demo test test-long test-arm test-cuda test-valgrind asan coverage accuracy lint format bench bench-cuda \
 	bench-quick develop clean
@@ -88,7 +88,7 @@ lint: $(VENV)/.lint  ## formats, style and types of Python, Cython, C
 	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint fastbn
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
 	$(BIN)/mypy
-	$(BIN)/stubtest --ignore-missing-stub fastbn._core
+	$(BIN)/stubtest --ignore-missing-stub fastbn._core fastbn.nn._windows
 
 format: $(VENV)/.lint  ## rewrite Python and C as `make lint` wants them
 	$(BIN)/ruff check --fix
@@ -113,8 +113,8 @@ clean:  ## remove all that make and builds have made
 ASAN_TESTS = $(addprefix tests/test_,$(addsuffix .py,forward backward bits guard_pages layouts inplace_and_out \
 	running_stats stats validation fuzz))
 LONG_TESTS = $(addprefix tests/test_,$(addsuffix .py,bits fuzz memory properties))
-CUDA_TESTS = $(addprefix tests/test_,$(addsuffix .py,cuda cuda_plan cuda_machine_code forward backward layouts \
-	inplace_and_out running_stats layers large))
+CUDA_TESTS = $(addprefix tests/test_,$(addsuffix .py,cuda cuda_plan cuda_machine_code cuda_device forward \
+	backward layouts inplace_and_out running_stats layers large))
 C_FILES = $(shell find src_c tests -name '*.[ch]' -o -name '*.inc')
 
 # Stamps: each says that .venv holds something.

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Build `fastbn._core`: Cython's C, the tables (dispatch.c) and the kernels, compiled once for each row of isa.def.
+"""Build `fastbn._core`: Cython's C, the tables (dispatch.c) and the kernels, compiled once for each row of isa.def;
+and `fastbn.nn._windows` for the trainer, which shares nothing with it.
 
 Metadata is in pyproject.toml. The environment of a build:
 
@@ -157,13 +158,16 @@ class BuildCore(build_ext):
             "numpy": numpy.__version__,
         }
 
-    def build_extension(self, extension):
-        path = Path(self.get_ext_fullpath(extension.name))
-        self.record = path.with_name("_build.json")
+    def build_extensions(self):
+        """Both extensions or none: one record says how they were made."""
+        paths = [Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions]
+        record = self.record(paths[0])
         facts = self.probe()
-        before = json.loads(self.record.read_text()) if self.record.exists() else {}
-        unchanged = facts.items() <= before.items() and not newer_group(extension.depends, str(path))
-        if unchanged and not self.force:
+        before = json.loads(record.read_text()) if record.exists() else {}
+        newer = any(
+            newer_group(extension.depends, str(path)) for extension, path in zip(self.extensions, paths, strict=True)
+        )
+        if facts.items() <= before.items() and not newer and not self.force:
             return
         import numpy
         from Cython.Build import cythonize
@@ -173,27 +177,40 @@ class BuildCore(build_ext):
         openmp = ["-fopenmp"] if facts["openmp"] else []
         common = ["-std=gnu11", *OPTIMIZATION, *SANITIZE, *NUMERICS, "-fvisibility=hidden"]
         includes = [f"-I{folder}" for folder in ("src_c", numpy.get_include(), *self.include_dirs)]
-        (cythonized,) = cythonize(
-            [extension], build_dir=self.build_temp, compiler_directives=DIRECTIVES, force=True, quiet=True
+        cythonized = cythonize(
+            self.extensions, build_dir=self.build_temp, compiler_directives=DIRECTIVES, force=True, quiet=True
         )
-        units = {  # C file: its flags, the ISA's last so that they hold; the floor's kernels first: they take longest
+        core, windows = (
+            {extension.sources[0]: [*includes, *NUMPY_API, *common, *openmp, *floor]} for extension in cythonized
+        )
+        kernels = {  # C file: its flags, the ISA's last so that they hold; the floor's kernels first: they take longest
             **{f"src_c/isa_{name}.c": [*common, *WARNINGS, *openmp, *flags] for name, flags in reversed(isas)},
-            cythonized.sources[0]: [*includes, *NUMPY_API, *common, *openmp, *floor],
             "src_c/dispatch.c": [*common, *WARNINGS, *openmp, *floor],
         }
-        objects = [str(Path(self.build_temp, Path(source).with_suffix(".o").name)) for source in units]
+
+        def target(source):
+            return str(Path(self.build_temp, Path(source).with_suffix(".o").name))
+
         commands = [
-            [*own(self.compiler.compiler_so), "-c", source, "-o", target, *flags]
-            for (source, flags), target in zip(units.items(), objects, strict=True)
+            [*own(self.compiler.compiler_so), "-c", source, "-o", target(source), *flags]
+            for source, flags in (kernels | core | windows).items()
         ]
-        link = [*own(self.compiler.linker_so), *objects, "-o", str(path), *openmp, *SANITIZE]
-        for folder in (self.build_temp, path.parent):
+        links = [
+            [*own(self.compiler.linker_so), *map(target, units), "-o", str(path), *openmp, *SANITIZE]
+            for units, path in zip((kernels | core, windows), paths, strict=True)
+        ]
+        for folder in (self.build_temp, *(path.parent for path in paths)):
             Path(folder).mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(self.execute_command, commands))
-        self.execute_command(link)
-        facts["commands"] = [[anonymous(argument) for argument in command] for command in [*commands, link]]
-        self.record.write_text(json.dumps(facts, indent=1) + "\n")
+            list(pool.map(self.execute_command, links))
+        facts["commands"] = [[anonymous(argument) for argument in command] for command in [*commands, *links]]
+        record.write_text(json.dumps(facts, indent=1) + "\n")
+
+    @staticmethod
+    def record(core):
+        """`_build.json` beside the extension `fastbn._core`."""
+        return core.with_name("_build.json")
 
     def execute_command(self, command):
         print(shlex.join(command) + "\n", end="", flush=True)  # one write: threads print at the same time
@@ -202,17 +219,23 @@ class BuildCore(build_ext):
 
     def copy_extensions_to_source(self):
         super().copy_extensions_to_source()
-        (extension,) = self.extensions
-        self.copy_file(str(self.record), str(Path(self.get_ext_fullpath(extension.name)).with_name("_build.json")))
+        core = self.extensions[0].name
+        built = Path(self.build_lib, *core.split(".")[:-1], "_build.json")
+        self.copy_file(str(built), str(self.record(Path(self.get_ext_fullpath(core)))))
 
     def get_outputs(self):
-        return [*super().get_outputs(), *(str(Path(path).with_name("_build.json")) for path in super().get_outputs())]
+        outputs = super().get_outputs()
+        return [*outputs, str(self.record(Path(outputs[0])))]
 
 
 if __name__ == "__main__":
     sources = sorted(str(path) for path in Path("src_c").rglob("*") if path.suffix in {".c", ".h", ".inc", ".def"})
-    cython = ["fastbn/_core.pyx", *sorted(str(path) for path in Path("fastbn").glob("*.pxi"))]
+    core = ["fastbn/_core.pyx", *sorted(str(path) for path in Path("fastbn").glob("*.pxi")), *sources]
+    windows = ["fastbn/nn/_windows.pyx"]
     setup(
-        ext_modules=[Extension("fastbn._core", cython[:1], depends=["setup.py", *cython, *sources])],
+        ext_modules=[
+            Extension("fastbn._core", core[:1], depends=["setup.py", *core]),
+            Extension("fastbn.nn._windows", windows, depends=["setup.py", *windows]),
+        ],
         cmdclass={"build_ext": BuildCore},
     )

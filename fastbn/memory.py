@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from . import _cgroup, _core
 from .errors import ArgumentError
 
-__all__ = ["CacheInfo", "cache_info", "empty_cache", "set_cache_limit"]
+__all__ = ["CacheInfo", "cache_info", "empty", "empty_cache", "set_cache_limit"]
 
 # The default: at most this, and at most this part of what the process may use.
 MOST = 1 << 30
@@ -94,6 +95,19 @@ def set_cache_limit(nbytes: int | None) -> None:
     if isinstance(limit, bool) or not isinstance(limit, (int, np.integer)) or not 0 <= limit < 1 << 62:
         raise ArgumentError(f"nbytes: expected a number of bytes from 0, or None, got {nbytes!r}")
     _core.set_cache_limit(int(limit))
+
+
+def empty(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
+    """An array like `numpy.empty`'s, whose memory is recycled as that of fastbn's results is: for your own buffers.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.memory.empty((2, 3), "float32").shape
+    (2, 3)
+    """
+    result: npt.NDArray[Any] = _core.empty(tuple(shape), np.dtype(dtype))
+    return result
 
 
 def empty_cache() -> None:

@@ -1,5 +1,6 @@
 """Checkpoints: exact resume, interruption, atomic writing, damaged files."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -70,6 +71,35 @@ def test_resuming_gives_the_numbers_of_not_stopping(digits, tmp_path):
     resumed, history = resume(path, digits, 4)
     assert numbers(history) == numbers(expected)
     assert_same_state(resumed, whole)
+
+
+def dropout_and_adam(seed):
+    """A network whose training depends on every kind of state: Adam's averages, and a generator of dropout's own."""
+    rng = np.random.default_rng(seed)
+    layers = digits_cnn(rng=rng, layout="NHWC").layers
+    model = nn.Sequential(*layers[:-1], nn.Sequential(nn.Dropout(0.2, rng=seed + 1)), layers[-1])
+    return model, nn.Adam(model, 0.01), rng
+
+
+def test_resuming_restores_adam_dropout_augmentation_and_schedule(digits, tmp_path):
+    path = tmp_path / "state.safetensors"
+    options = {
+        "schedule": nn.cosine(4),
+        "augment": functools.partial(nn.augment, shift=1, flip=True, layout="NHWC"),
+    }
+    images = digits.in_layout("NHWC")
+    whole = dropout_and_adam(0)
+    expected = fit(whole, images, 4, **options)
+    fit(dropout_and_adam(0), images, 2, save_to=path, **options)
+
+    state = dropout_and_adam(99)
+    saved = checkpoint.load(path)
+    saved.restore(*state)
+    history = fit(state, images, 4, history=saved.history, **options)
+    assert numbers(history) == numbers(expected)
+    assert_same_state(state, whole)
+    dropouts = [next(part for part in nn.walk(model) if hasattr(part, "rng")) for model, _, _ in (state, whole)]
+    assert dropouts[0].rng.bit_generator.state == dropouts[1].rng.bit_generator.state
 
 
 @pytest.mark.parametrize("at_step", [1, 4, 7, 11])  # five steps are an epoch

@@ -9,6 +9,7 @@ import pytest
 
 from fastbn import cli
 from fastbn.cli import bench
+from fastbn.nn import checkpoint
 
 HAS_EXTRA = all(importlib.util.find_spec(name) for name in ("sklearn", "matplotlib", "safetensors", "tqdm"))
 needs_extra = pytest.mark.skipif(not HAS_EXTRA, reason="needs the extra fastbn[train]")
@@ -132,6 +133,22 @@ def test_compare_prints_both_and_plots(tmp_path, capsys):
     assert [line.split("  ")[0] for line in summary[1:3]] == ["with BN", "without BN"]
     assert summary[-1] == f"curves: {picture}"
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@needs_extra
+def test_train_options_reach_the_training(tmp_path, capsys):
+    picture, path = tmp_path / "mistakes.png", tmp_path / "state"
+    options = "--model mlp_relu --optimizer adam --lr 0.005 --schedule cosine --shift 1 --flip --layout NCHW --epochs 2"
+    code, out, err = run(capsys, "train", *options.split(), "--mistakes", picture, "--checkpoint", path)
+    assert (code, err) == (0, "")
+    assert out.startswith("mlp_relu on digits, with BN: adam, lr 0.005, batch size 64, seed 0\n")
+    assert out.endswith(f"mistakes: {picture}\n") and picture.read_bytes().startswith(b"\x89PNG")
+    config = checkpoint.load(path).config
+    given = {"model": "mlp_relu", "optimizer": "adam", "schedule": "cosine", "shift": 1, "flip": True, "epochs": 2}
+    assert given.items() <= config.items()
+    # A schedule is made for a number of epochs: more of them would not give the numbers of not stopping.
+    code, _, err = run(capsys, "train", "--resume", path, "--epochs", 3)
+    assert code == 2 and "--epochs 3: " in err and "was trained with epochs = 2" in err
 
 
 @needs_extra

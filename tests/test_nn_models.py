@@ -1,9 +1,14 @@
 """The networks: numbers of parameters, shapes, and each against the same network in PyTorch."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from fastbn import nn
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "trainer.md"
 
 # With and without BN. Running statistics do not count.
 PARAMETERS = {
@@ -45,6 +50,12 @@ def test_every_network_is_tested():
 def test_numbers_of_parameters(name):
     with_bn, without = (nn.MODELS[name](batch_norm, rng=0) for batch_norm in (True, False))
     assert (learned(with_bn), learned(without)) == PARAMETERS[name]
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="not a source tree")
+def test_page_lists_all_networks_with_their_numbers_of_parameters():
+    rows = re.findall(r"^\| `(\w+)` \| .* \| ([\d,]+), ([\d,]+) \|$", PAGE.read_text(), re.M)
+    assert {name: tuple(int(count.replace(",", "")) for count in counts) for name, *counts in rows} == PARAMETERS
 
 
 def test_keras_counts_the_running_statistics():

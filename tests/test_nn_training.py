@@ -112,6 +112,52 @@ def test_divergence_ends_the_training(digits, tmp_path):
     assert nn.checkpoint.load(path).history == []  # the last state that was sound
 
 
+def test_schedules():
+    assert nn.constant(7.5) == 1
+    half = nn.cosine(10)
+    assert [half(0), half(5), half(10), half(12)] == pytest.approx([1, 0.5, 0, 0])
+    step = nn.step_decay(3)
+    assert [step(0), step(2.9), step(3), step(6.5)] == pytest.approx([1, 1, 0.1, 0.01])
+
+
+def test_schedule_sets_the_rate_of_every_step_and_gives_it_back(digits):
+    rng = np.random.default_rng(0)
+    model = digits_cnn(rng=rng)
+    optimizer = nn.SGD(model, 0.5)
+    rates, step = [], optimizer.step
+    optimizer.step = lambda: (rates.append(optimizer.lr), step())
+    data = nn.Dataset(digits.x_train[:100], digits.y_train[:100], digits.x_test, digits.y_test)
+    options = {"epochs": 2, "batch_size": 50, "rng": rng, "log": silent}
+    nn.fit(model, optimizer, data, schedule=lambda epochs: 1 / (1 + epochs), **options)
+    assert rates == pytest.approx([0.5, 0.5 / 1.5, 0.5 / 2, 0.5 / 2.5])
+    assert optimizer.lr == 0.5
+
+
+def test_augmentation_sees_training_images_only(digits):
+    seen = []
+
+    def augment(images, rng):
+        seen.append(len(images))
+        return images
+
+    train(digits, epochs=1, augment=augment)
+    assert sum(seen) == len(digits.x_train)
+
+
+def test_dropout_keeps_the_mean_and_is_off_in_evaluation():
+    layer = nn.Dropout(0.3, rng=0)
+    x = np.ones((200, 500), np.float32)
+    y = layer(x)
+    assert set(np.unique(y)) == {np.float32(0), np.float32(1 / 0.7)} and y.dtype == np.float32
+    assert y.mean() == pytest.approx(1, abs=0.01)
+    np.testing.assert_array_equal(layer.backward(x), y)
+    layer.eval()
+    np.testing.assert_array_equal(layer(x), x)
+    np.testing.assert_array_equal(layer.backward(y), y)
+    with pytest.raises(ValueError, match="p: expected a number of at least 0 and below 1, got 1"):
+        nn.Dropout(1)
+
+
 @pytest.mark.parametrize("size", [7, 50, 300])
 def test_recalibration_gives_the_statistics_of_all_images(digits, size):
     """The first normalization sees the same in every batch size: there the result must be that of one large batch."""

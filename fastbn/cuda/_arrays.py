@@ -63,19 +63,19 @@ class DeviceArray(NamedTuple):
         return self.address + low, self.address + high + self.itemsize if self.size else self.address
 
 
-def _interface(value: Any) -> Any:
+def _interface(name: str, value: Any) -> Any:
     """`__cuda_array_interface__`, or None. PyTorch refuses it to tensors that record gradients."""
     if SIMULATOR and type(value).__name__ == "FakeCUDAArray":  # device memory is host memory there
         return value._ary.__array_interface__
     try:
         return getattr(value, "__cuda_array_interface__", None)
     except RuntimeError as error:
-        raise ArgumentError(f"expected an array without a gradient of its own; {error}") from None
+        raise ArgumentError(f"{name}: expected an array without a gradient of its own, got one: {error}") from None
 
 
 def view(name: str, value: Any) -> DeviceArray | None:
     """The array, None if it is not on a GPU; DTypeError if its dtype is not one of ``fastbn.runtime.dtypes()``."""
-    interface = _interface(value)
+    interface = _interface(name, value)
     if interface is None:
         return _from_dlpack(name, value)
     shape, strides = tuple(interface["shape"]), interface.get("strides")
@@ -145,7 +145,7 @@ def _new(like: DeviceArray, shape: tuple[int, ...], strides: tuple[int, ...], co
     """An array of Numba, which has no bfloat16: there it is one of uint16."""
     dtype = np.dtype(np.uint16 if code == "bf16" else NAMES[code])
     made = cuda.device_array(shape, dtype, strides=strides, stream=current_stream(like))
-    return made, DeviceArray(made, _interface(made)["data"][0] or 0, shape, strides, code, False, None)
+    return made, DeviceArray(made, _interface("", made)["data"][0] or 0, shape, strides, code, False, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -68,9 +68,9 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
         channels, units, columns, side, rows, table, count, chunk, splits, runs, _fold, unit_values, row_values = (
             geometry
         )
-        x_address, x_channel, x_unit, x_outer, x_vector = x
-        r_address, _, r_unit, r_outer, r_vector = residual
-        y_address, _, y_unit, y_outer, y_vector = y
+        x_address, x_channel, x_unit, x_outer, x_inner = x
+        r_address, _, r_unit, r_outer, r_inner = residual
+        y_address, _, y_unit, y_outer, y_inner = y
         gamma, beta, running_mean, running_var = parameters
         training, update, per_channel, degrees = mode
         eps, momentum, slope = numbers[0], numbers[1], real(numbers[2])
@@ -89,7 +89,7 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
         row, unit = thread // side, tile * side + thread % side
         active = row < rows and unit < units
         start, stop = split * chunk + row, min(count, (split + 1) * chunk)
-        outer_step, vector_step = rows // runs, rows % runs
+        outer_step, inner_step = rows // runs, rows % runs
 
         if phases & REDUCE:
             for plane in range(planes):
@@ -99,15 +99,15 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
                     load_one(x_address + (unit * lanes + lane) % channels * x_channel, one, 0)
                     shift[lane] = finite(np.float64(one[0]))
                 base = x_address + unit * x_unit
-                i, outer, vector = start, start // runs, start % runs
+                i, outer, inner = start, start // runs, start % runs
                 while i < stop:
                     for k in range(loads):
                         if i + k * rows < stop:
-                            load(base + outer * x_outer + vector * x_vector, values, k * width)
+                            load(base + outer * x_outer + inner * x_inner, values, k * width)
                             outer += outer_step
-                            vector += vector_step
-                            if vector >= runs:
-                                vector -= runs
+                            inner += inner_step
+                            if inner >= runs:
+                                inner -= runs
                                 outer += 1
                     for k in range(loads):
                         if i + k * rows < stop:
@@ -172,7 +172,7 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
 
             added = cuda.local.array(read, real)
             outers = cuda.local.array(loads, np.int64)
-            vectors = cuda.local.array(loads, np.int64)
+            inners = cuda.local.array(loads, np.int64)
             terms = cuda.local.array((4, lanes), real)
             if active and start < stop:
                 for lane in range(lanes):
@@ -180,19 +180,19 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
                     for term in range(4):
                         terms[term, lane] = coefficients[term, index]
                 i = start + (stop - 1 - start) // rows * rows
-                outer, vector = i // runs, i % runs
+                outer, inner = i // runs, i % runs
                 while i >= start:
                     for k in range(loads):
                         if i - k * rows >= start:
                             outers[k] = outer
-                            vectors[k] = vector
-                            load(x_address + unit * x_unit + outer * x_outer + vector * x_vector, values, k * width)
+                            inners[k] = inner
+                            load(x_address + unit * x_unit + outer * x_outer + inner * x_inner, values, k * width)
                             if r_address != 0:
-                                load(r_address + unit * r_unit + outer * r_outer + vector * r_vector, added, k * width)
+                                load(r_address + unit * r_unit + outer * r_outer + inner * r_inner, added, k * width)
                             outer -= outer_step
-                            vector -= vector_step
-                            if vector < 0:
-                                vector += runs
+                            inner -= inner_step
+                            if inner < 0:
+                                inner += runs
                                 outer -= 1
                     for k in range(loads):
                         if i - k * rows >= start:
@@ -208,7 +208,7 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
                                     bits |= 1 << v
                                 values[at] = activate(value, value, slope)
                             store(
-                                y_address + unit * y_unit + outers[k] * y_outer + vectors[k] * y_vector,
+                                y_address + unit * y_unit + outers[k] * y_outer + inners[k] * y_inner,
                                 values,
                                 k * width,
                             )
@@ -237,11 +237,11 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_
         channels, units, columns, side, rows, table, count, chunk, splits, runs, _fold, unit_values, row_values = (
             geometry
         )
-        x_address, _, x_unit, x_outer, x_vector = x
-        r_address, _, r_unit, r_outer, r_vector = residual
-        dy_address, dy_channel, dy_unit, dy_outer, dy_vector = dy
-        dx_address, _, dx_unit, dx_outer, dx_vector = dx
-        dr_address, _, dr_unit, dr_outer, dr_vector = dresidual
+        x_address, _, x_unit, x_outer, x_inner = x
+        r_address, _, r_unit, r_outer, r_inner = residual
+        dy_address, dy_channel, dy_unit, dy_outer, dy_inner = dy
+        dx_address, _, dx_unit, dx_outer, dx_inner = dx
+        dr_address, _, dr_unit, dr_outer, dr_inner = dresidual
         mask_address, mask_shift = mask
         dgamma, dbeta = parameters
         training, reduced, per_channel = mode
@@ -254,7 +254,7 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_
         gradients = cuda.local.array(read, real)
         added = cuda.local.array(read, real)
         outers = cuda.local.array(loads, np.int64)
-        vectors = cuda.local.array(loads, np.int64)
+        inners = cuda.local.array(loads, np.int64)
         terms = cuda.local.array((7, lanes), real)
         total = cuda.local.array(planes, np.float64)
         shift = cuda.local.array(lanes, np.float64)
@@ -268,7 +268,7 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_
         active = row < rows and unit < units
         start, stop = split * chunk + row, min(count, (split + 1) * chunk)
         last = start + (stop - 1 - start) // rows * rows
-        outer_step, vector_step = rows // runs, rows % runs
+        outer_step, inner_step = rows // runs, rows % runs
 
         for index in range(thread, table, threads):
             channel = (tile_start + index) % channels
@@ -324,31 +324,31 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_
                         shift[lane] = finite(np.float64(one[0]))
                 step = rows if phase == REDUCE else -rows  # the map goes back
                 i = start if phase == REDUCE else last
-                outer, vector = i // runs, i % runs
+                outer, inner = i // runs, i % runs
                 while start <= i < stop:
                     for k in range(loads):
                         if start <= i + k * step < stop:
                             outers[k] = outer
-                            vectors[k] = vector
-                            load(x_address + unit * x_unit + outer * x_outer + vector * x_vector, values, k * width)
+                            inners[k] = inner
+                            load(x_address + unit * x_unit + outer * x_outer + inner * x_inner, values, k * width)
                             load(
-                                dy_address + unit * dy_unit + outer * dy_outer + vector * dy_vector,
+                                dy_address + unit * dy_unit + outer * dy_outer + inner * dy_inner,
                                 gradients,
                                 k * width,
                             )
                             if r_address != 0:
-                                load(r_address + unit * r_unit + outer * r_outer + vector * r_vector, added, k * width)
+                                load(r_address + unit * r_unit + outer * r_outer + inner * r_inner, added, k * width)
                             if phase == REDUCE:
                                 outer += outer_step
-                                vector += vector_step
-                                if vector >= runs:
-                                    vector -= runs
+                                inner += inner_step
+                                if inner >= runs:
+                                    inner -= runs
                                     outer += 1
                             else:
                                 outer -= outer_step
-                                vector -= vector_step
-                                if vector < 0:
-                                    vector += runs
+                                inner -= inner_step
+                                if inner < 0:
+                                    inner += runs
                                     outer -= 1
                     for k in range(loads):
                         if start <= i + k * step < stop:
@@ -384,10 +384,10 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_
                                         g = ((g - terms[4, lane]) - terms[5, lane]) - d * terms[6, lane]
                                     values[at] = g * terms[2, lane]
                             if phase == MAP:
-                                place = outers[k] * dx_outer + vectors[k] * dx_vector
+                                place = outers[k] * dx_outer + inners[k] * dx_inner
                                 store(dx_address + unit * dx_unit + place, values, k * width)
                                 if dr_address != 0:
-                                    place = outers[k] * dr_outer + vectors[k] * dr_vector
+                                    place = outers[k] * dr_outer + inners[k] * dr_inner
                                     store(dr_address + unit * dr_unit + place, gradients, k * width)
                     i += loads * step
 

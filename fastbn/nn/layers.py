@@ -13,9 +13,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
-Array = NDArray[Any]
+from fastbn.memory import empty
+from fastbn.nn.threads import MOVE, for_each, product
+from fastbn.nn.threads import Array as Array
+
 State = dict[str, Array]
 Rng = np.random.Generator | int | None
 
@@ -156,25 +159,28 @@ class Linear(Layer):
     def forward(self, x: Array, /) -> Array:
         """(N, in_features) to (N, out_features)."""
         self.x = x
-        y: Array = x @ self.weight.T
-        return y if self.bias is None else y + self.bias
+        y = product(x, self.weight.T)
+        if self.bias is not None:
+            y += self.bias
+        return y
 
     def backward(self, dy: Array, /) -> Array:
-        self.weight_grad = dy.T @ self.x
+        self.weight_grad = product(dy.T, self.x)
         self.bias_grad = dy.sum(axis=0)
-        dx: Array = dy @ self.weight
-        return dx
+        return product(dy, self.weight)
 
 
 class ReLU(Layer):
     """``max(x, 0)`` of an array of any shape; the gradient at 0 is 0."""
 
     def forward(self, x: Array, /) -> Array:
-        self.y = np.maximum(x, 0)
-        return self.y
+        self.y = y = empty(x.shape, x.dtype)
+        for_each(lambda part: np.maximum(x[part], 0, out=y[part]), len(x), MOVE * x.size)
+        return y
 
     def backward(self, dy: Array, /) -> Array:
-        dx: Array = dy * (self.y > 0)
+        y, dx = self.y, empty(dy.shape, dy.dtype)
+        for_each(lambda part: np.multiply(dy[part], y[part] > 0, out=dx[part]), len(dy), MOVE * dy.size)
         return dx
 
 

@@ -6,21 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from fastbn.memory import empty
+from fastbn.nn import _windows
 from fastbn.nn.layers import Array, Layer, channel_axis
-
-
-def windows(x: Array, kernel: tuple[int, int], stride: tuple[int, int]) -> Iterator[Array]:
-    """Views of `x` (N, H, W, C), one for each place in a window, each of shape (N, OH, OW, C).
-
-    The view of place (i, j) holds ``x[:, i + stride * oh, j + stride * ow]``: what all windows see at that place.
-    Reading the views gathers the windows; adding to them scatters gradients back.
-    """
-    span_h, span_w = x.shape[1] - kernel[0] + 1, x.shape[2] - kernel[1] + 1
-    if span_h < 1 or span_w < 1:
-        raise ValueError(f"x: expected height and width of at least {kernel}, got {x.shape[1:3]}")
-    for i in range(kernel[0]):
-        for j in range(kernel[1]):
-            yield x[:, i : i + span_h : stride[0], j : j + span_w : stride[1]]
+from fastbn.nn.threads import MOVE, for_each
 
 
 class Pool2d(Layer):
@@ -33,27 +22,30 @@ class Pool2d(Layer):
     stride : int, optional
         `kernel_size` unless given.
     padding : int
-        On each side of height and width.
+        On each side of height and width; at most half of `kernel_size`.
     layout : {"NCHW", "NHWC"}
     """
 
-    filling = 0.0
-
     def __init__(self, kernel_size: int, stride: int | None = None, padding: int = 0, *, layout: str = "NCHW") -> None:
+        if not 0 <= 2 * padding <= kernel_size:
+            raise ValueError(f"padding: expected 0 to half of kernel_size {kernel_size}, got {padding}")
         self.kernel_size, self.stride, self.padding = kernel_size, stride or kernel_size, padding
         self.axis = channel_axis(layout)
 
-    def padded(self, x: Array) -> Array:
-        """x as (N, H, W, C), with its padding."""
-        p = self.padding
-        return np.pad(np.moveaxis(x, self.axis, -1), ((0, 0), (p, p), (p, p), (0, 0)), constant_values=self.filling)
+    def outputs(self, size: int) -> int:
+        """Windows along an axis of so many pixels."""
+        if size + 2 * self.padding < self.kernel_size:
+            raise ValueError(f"x: expected height and width of at least {self.kernel_size}, got {size}")
+        return (size + 2 * self.padding - self.kernel_size) // self.stride + 1
 
-    def views(self, padded: Array) -> Iterator[Array]:
-        return windows(padded, (self.kernel_size,) * 2, (self.stride,) * 2)
+    def planes(self, x: Array) -> Array:
+        """x in NHWC. In NCHW each plane is an image of one channel: (N * C, H, W, 1)."""
+        x = np.ascontiguousarray(x)
+        return x if self.axis == -1 else x.reshape(-1, *x.shape[2:], 1)
 
-    def unpadded(self, dx: Array) -> Array:
-        p = self.padding
-        return np.moveaxis(dx[:, p : dx.shape[1] - p, p : dx.shape[2] - p], -1, self.axis)
+    def unplanes(self, y: Array, N: int) -> Array:
+        """The inverse of `planes`, for a batch of N images."""
+        return y if self.axis == -1 else y.reshape(N, -1, *y.shape[1:3])
 
 
 class MaxPool2d(Pool2d):
@@ -62,26 +54,30 @@ class MaxPool2d(Pool2d):
     {(Pool2d.__doc__ or "").partition(chr(10))[2].strip()}
     """
 
-    filling = -np.inf
-
     def forward(self, x: Array, /) -> Array:
-        self.x = self.padded(x)
-        first, *others = self.views(self.x)
-        self.y = first.copy()
-        for view in others:
-            np.maximum(self.y, view, out=self.y)
-        return np.moveaxis(self.y, -1, self.axis)
+        planes = self.planes(x)
+        N, H, W, C = planes.shape
+        OH, OW = self.outputs(H), self.outputs(W)
+        geometry = (C, H, W, *(self.kernel_size,) * 2, *(self.stride,) * 2, *(self.padding,) * 2, OH, OW)
+        y = empty((N, OH, OW, C), x.dtype)
+        self.places, self.shape = empty(y.shape, np.int32), planes.shape
+
+        def part(images: slice) -> None:
+            _windows.max_pool(planes[images], y[images], self.places[images], geometry)
+
+        for_each(part, N, MOVE * y.size)
+        return self.unplanes(y, len(x))
 
     def backward(self, dy: Array, /) -> Array:
         """The gradient goes to the maximum of each window: the first one if several are equal."""
-        dy = np.moveaxis(dy, self.axis, -1)
-        dx = np.zeros_like(self.x)
-        unclaimed = np.ones(dy.shape, bool)
-        for x_view, dx_view in zip(self.views(self.x), self.views(dx), strict=True):
-            here = unclaimed & (x_view == self.y)
-            dx_view += dy * here
-            unclaimed &= ~here
-        return self.unpadded(dx)
+        planes, dx = self.planes(dy), empty(self.shape, dy.dtype)
+
+        def part(images: slice) -> None:
+            dx[images] = 0
+            _windows.max_unpool(planes[images], self.places[images], dx[images])
+
+        for_each(part, len(dx), MOVE * dx.size)
+        return self.unplanes(dx, len(dy))
 
 
 class AvgPool2d(Pool2d):
@@ -91,21 +87,40 @@ class AvgPool2d(Pool2d):
     """
 
     def forward(self, x: Array, /) -> Array:
-        padded = self.padded(x)
-        self.shape = padded.shape
-        first, *others = self.views(padded)
-        y = first.copy()
-        for view in others:
-            y += view
-        y /= self.kernel_size**2
-        return np.moveaxis(y, -1, self.axis)
+        planes = self.planes(x)
+        N, H, W, C = planes.shape
+        y = empty((N, self.outputs(H), self.outputs(W), C), x.dtype)
+        self.shape, p = planes.shape, self.padding
+
+        def part(images: slice) -> None:
+            y[images] = 0
+            for view in self.views(np.pad(planes[images], ((0, 0), (p, p), (p, p), (0, 0)))):
+                y[images] += view
+            y[images] /= self.kernel_size**2
+
+        for_each(part, N, MOVE * y.size)
+        return self.unplanes(y, len(x))
 
     def backward(self, dy: Array, /) -> Array:
-        share = np.moveaxis(dy, self.axis, -1) / self.kernel_size**2
-        dx = np.zeros(self.shape, dy.dtype)
-        for view in self.views(dx):
-            view += share
-        return self.unpadded(dx)
+        share = self.planes(dy) / self.kernel_size**2
+        dx, p = empty(self.shape, dy.dtype), self.padding
+        N, H, W, C = self.shape
+
+        def part(images: slice) -> None:
+            padded = np.zeros((images.stop - images.start, H + 2 * p, W + 2 * p, C), dy.dtype)
+            for view in self.views(padded):
+                view += share[images]
+            dx[images] = padded[:, p : p + H, p : p + W]
+
+        for_each(part, N, MOVE * dx.size)
+        return self.unplanes(dx, len(dy))
+
+    def views(self, x: Array) -> Iterator[Array]:
+        """Views of (N, H, W, C), one for each place in a window: what all windows see there."""
+        k, s = self.kernel_size, self.stride
+        for i in range(k):
+            for j in range(k):
+                yield x[:, i : i + x.shape[1] - k + 1 : s, j : j + x.shape[2] - k + 1 : s]
 
 
 class GlobalAvgPool2d(Layer):

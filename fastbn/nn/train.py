@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+import fastbn
 from fastbn.nn import checkpoint
 from fastbn.nn.data import Dataset
 from fastbn.nn.inference import evaluate
 from fastbn.nn.layers import Array, LayerLike
 from fastbn.nn.loss import softmax_cross_entropy
 from fastbn.nn.optim import Optimizer, Schedule, constant
+from fastbn.nn.threads import threads
 
 Augmentation = Callable[[Array, np.random.Generator], Array]
 Epoch = dict[str, Any]  # one row of the history: the keys of `fit`'s table
@@ -30,7 +32,6 @@ def row(epoch: Epoch) -> str:
     )
 
 
-@np.errstate(over="ignore", invalid="ignore")  # training that diverges ends with a row that shows it
 def fit(
     model: LayerLike,
     optimizer: Optimizer,
@@ -82,37 +83,39 @@ def fit(
         checkpoint.save(save_to, model, optimizer, rng, history, config)
 
     images, rate = len(data.x_train), optimizer.lr
-    for number in range(len(history) + 1, epochs + 1):
-        model.train()
-        loss_sum, correct, start = 0.0, 0, time.perf_counter()
-        # Equal parts, because a last batch of one image could have no variance to normalize with.
-        batches = np.array_split(rng.permutation(images), math.ceil(images / batch_size))
-        progress = tqdm(batches, desc=f"epoch {number}/{epochs}", unit="batch", leave=False, disable=None)
-        for step, batch in enumerate(progress):
-            x, labels = data.x_train[batch], data.y_train[batch]
-            logits = model.forward(x if augment is None else augment(x, rng))
-            loss, dlogits = softmax_cross_entropy(logits, labels)
-            loss_sum += loss * len(batch)
-            correct += int((logits.argmax(axis=1) == labels).sum())
-            if not math.isfinite(loss):
+    # Training that diverges ends with a row that shows it, not with warnings.
+    with threads(fastbn.get_num_threads()), np.errstate(over="ignore", invalid="ignore"):
+        for number in range(len(history) + 1, epochs + 1):
+            model.train()
+            loss_sum, correct, start = 0.0, 0, time.perf_counter()
+            # Equal parts, because a last batch of one image could have no variance to normalize with.
+            batches = np.array_split(rng.permutation(images), math.ceil(images / batch_size))
+            progress = tqdm(batches, desc=f"epoch {number}/{epochs}", unit="batch", leave=False, disable=None)
+            for step, batch in enumerate(progress):
+                x, labels = data.x_train[batch], data.y_train[batch]
+                logits = model.forward(x if augment is None else augment(x, rng))
+                loss, dlogits = softmax_cross_entropy(logits, labels)
+                loss_sum += loss * len(batch)
+                correct += int((logits.argmax(axis=1) == labels).sum())
+                if not math.isfinite(loss):
+                    break
+                model.backward(dlogits)
+                optimizer.lr = rate * schedule(number - 1 + step / len(batches))
+                optimizer.step()
+            optimizer.lr = rate
+            speed = images / (time.perf_counter() - start)
+            history.append(
+                {
+                    "epoch": number,
+                    "train_loss": loss_sum / images,
+                    "train_accuracy": correct / images,
+                    "test_accuracy": evaluate(model, data.x_test, data.y_test),
+                    "images_per_second": speed,
+                }
+            )
+            log(row(history[-1]))
+            if not math.isfinite(loss_sum):
                 break
-            model.backward(dlogits)
-            optimizer.lr = rate * schedule(number - 1 + step / len(batches))
-            optimizer.step()
-        optimizer.lr = rate
-        speed = images / (time.perf_counter() - start)
-        history.append(
-            {
-                "epoch": number,
-                "train_loss": loss_sum / images,
-                "train_accuracy": correct / images,
-                "test_accuracy": evaluate(model, data.x_test, data.y_test),
-                "images_per_second": speed,
-            }
-        )
-        log(row(history[-1]))
-        if not math.isfinite(loss_sum):
-            break
-        if save_to is not None:
-            checkpoint.save(save_to, model, optimizer, rng, history, config)
+            if save_to is not None:
+                checkpoint.save(save_to, model, optimizer, rng, history, config)
     return history
