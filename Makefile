@@ -64,7 +64,7 @@ coverage: $(VENV)/.test  ## the lines of C kernels and of Python that the tests 
 	--cov-fail-under=95 --ignore tests/test_build.py --ignore tests/test_machine_code.py \
 	--deselect tests/test_memory.py::test_memory_results_copy_pickle_and_resize_as_arrays_do \
 	--deselect tests/test_running_stats.py::test_running_statistics_are_whole_after_every_interrupt
-	rm build/temp.*/_core.gc* $(OTHER_ISAS:%=build/temp.*/isa_%.gc*)
+	rm build/temp.*/_*.gc* $(OTHER_ISAS:%=build/temp.*/isa_%.gc*)
 	$(BIN)/gcovr --root . --filter src_c/ --merge-lines --fail-under-line 95 build/temp.*
 
 accuracy: $(VENV)/.test  ## errors of fastbn, PyTorch, NumPy and JAX against exact arithmetic, into docs/numerics.md
