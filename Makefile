@@ -15,8 +15,8 @@ WHEEL := $$(ls dist/fastbn-*.whl)
 SOURCES := setup.py pyproject.toml MANIFEST.in README.md LICENSE $(shell find src_c fastbn -type f \
 	! -path '*/__pycache__/*' ! -name '*.so' ! -name _build.json ! -name _core.c ! -name _windows.c)
 
-.PHONY: help demo test test-long test-arm test-cuda test-valgrind asan accuracy lint format bench bench-cuda bench-quick develop \
-	clean
+.PHONY: help demo test test-long test-arm test-cuda test-valgrind asan coverage accuracy lint format bench bench-cuda \
+	bench-quick develop clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -48,6 +48,24 @@ asan: $(VENV)/.test  ## the tests of kernels and arguments on a build with the a
 	FASTBN_SANITIZE=address,undefined $(PIP) install --upgrade --no-deps --target build/asan .
 	PYTHONPATH=build/asan LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=halt_on_error=1 $(BIN)/pytest -n 2 $(ASAN_TESTS)
+
+# Counts at -O1, where a line is a line: without the tests of the machine code that is installed. Nor do two tests bear
+# Python's tracer: it refers to arrays that are to be resized, and an interrupt may reach it while it holds its lock.
+# Instances of a line for each dtype and ISA count as one. Neither an ISA that this machine does not have nor Cython's C
+# is counted.
+coverage: OTHER_ISAS = $(shell $(BIN)/python -I -c \
+	'from fastbn import _core; print(*(name for name, available in _core.isas() if not available))')
+coverage: $(VENV)/.test  ## the lines of C kernels and of Python that the tests reach
+	$(PIP) install gcovr pytest-cov
+	rm -rf build/coverage build/lib.* build/temp.*
+	FASTBN_DEBUG=1 CFLAGS=--coverage LDFLAGS=--coverage $(PIP) install --upgrade --no-deps --target build/coverage .
+	rm -rf build/lib.*
+	PYTHONPATH=$(CURDIR)/build/coverage $(BIN)/pytest $(PYTEST) --cov=build/coverage/fastbn --cov-report=term-missing \
+	--cov-fail-under=95 --ignore tests/test_build.py --ignore tests/test_machine_code.py \
+	--deselect tests/test_memory.py::test_memory_results_copy_pickle_and_resize_as_arrays_do \
+	--deselect tests/test_running_stats.py::test_running_statistics_are_whole_after_every_interrupt
+	rm build/temp.*/_*.gc* $(OTHER_ISAS:%=build/temp.*/isa_%.gc*)
+	$(BIN)/gcovr --root . --filter src_c/ --merge-lines --fail-under-line 95 build/temp.*
 
 accuracy: $(VENV)/.test  ## errors of fastbn, PyTorch, NumPy and JAX against exact arithmetic, into docs/numerics.md
 	$(PIP) install jax || echo "fastbn: no jax: it will be missing in the tables"
