@@ -225,6 +225,13 @@ def test_cuda_memory_orders_of_numpy_arrays(name):
     assert gpu["y"].strides == cpu["y"].strides
 
 
+def test_cuda_negative_variance_is_not_a_number():
+    x, running = np.ones((2, 2), np.float32), {"running_mean": np.zeros(2), "running_var": np.array([-1.0, 1.0])}
+    for device in ("cpu", "cuda"):
+        y = fastbn.batchnorm(x, **running, training=False, device=device)
+        assert np.isnan(y[:, 0]).all() and np.isfinite(y[:, 1]).all()
+
+
 def test_cuda_repeats_give_the_same_bits():
     for order in ORDERS:
         x, dy, residual, gamma, beta = problem((16, 3, 24), order, np.float32)

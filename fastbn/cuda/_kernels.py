@@ -15,7 +15,6 @@ of its dtype, stride), address 0 where it is None.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -35,6 +34,7 @@ from ._functions import (
     peek_f64,
     poke_f64,
     set_parameter,
+    sqrt,
     two_sum,
 )
 from ._plan import MAX_CHANNELS
@@ -170,7 +170,7 @@ def forward(variant: Variant) -> Any:
                     else:
                         mean, mean_lo, m2 = parameter(running_mean, channel, 0.0), 0.0, 0.0
                         var = parameter(running_var, channel, 1.0)
-                    rstd = 1.0 / math.sqrt(var + eps)
+                    rstd = 1.0 / sqrt(var + eps)
                     weight, bias = parameter(gamma, channel, 1.0), parameter(beta, channel, 0.0)
                     high = real(mean)
                     coefficients[0, index] = high
