@@ -9,6 +9,7 @@ import math
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from numba import cuda
 
 from fastbn import _core
