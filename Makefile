@@ -15,8 +15,8 @@ WHEEL := $$(ls dist/fastbn-*.whl)
 SOURCES := setup.py pyproject.toml MANIFEST.in README.md LICENSE $(shell find src_c fastbn -type f \
 	! -path '*/__pycache__/*' ! -name '*.so' ! -name _build.json ! -name _core.c ! -name _windows.c)
 
-.PHONY: help demo test test-long test-arm test-cuda test-valgrind asan lint format bench bench-cuda bench-quick develop \
-	clean
+.PHONY: help demo test test-long test-arm test-cuda test-valgrind asan coverage accuracy lint format bench bench-cuda \
+	bench-quick develop clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -48,6 +48,28 @@ asan: $(VENV)/.test  ## the tests of kernels and arguments on a build with the a
 	FASTBN_SANITIZE=address,undefined $(PIP) install --upgrade --no-deps --target build/asan .
 	PYTHONPATH=build/asan LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=halt_on_error=1 $(BIN)/pytest -n 2 $(ASAN_TESTS)
+
+# Counts at -O1, where a line is a line: without the tests of the machine code that is installed. Nor do two tests bear
+# Python's tracer: it refers to arrays that are to be resized, and an interrupt may reach it while it holds its lock.
+# Instances of a line for each dtype and ISA count as one. Neither an ISA that this machine does not have nor Cython's C
+# is counted.
+coverage: OTHER_ISAS = $(shell $(BIN)/python -I -c \
+	'from fastbn import _core; print(*(name for name, available in _core.isas() if not available))')
+coverage: $(VENV)/.test  ## the lines of C kernels and of Python that the tests reach
+	$(PIP) install gcovr pytest-cov
+	rm -rf build/coverage build/lib.* build/temp.*
+	FASTBN_DEBUG=1 CFLAGS=--coverage LDFLAGS=--coverage $(PIP) install --upgrade --no-deps --target build/coverage .
+	rm -rf build/lib.*
+	PYTHONPATH=$(CURDIR)/build/coverage $(BIN)/pytest $(PYTEST) --cov=build/coverage/fastbn --cov-report=term-missing \
+	--cov-fail-under=95 --ignore tests/test_build.py --ignore tests/test_machine_code.py \
+	--deselect tests/test_memory.py::test_memory_results_copy_pickle_and_resize_as_arrays_do \
+	--deselect tests/test_running_stats.py::test_running_statistics_are_whole_after_every_interrupt
+	rm build/temp.*/_*.gc* $(OTHER_ISAS:%=build/temp.*/isa_%.gc*)
+	$(BIN)/gcovr --root . --filter src_c/ --merge-lines --fail-under-line 95 build/temp.*
+
+accuracy: $(VENV)/.test  ## errors of fastbn, PyTorch, NumPy and JAX against exact arithmetic, into docs/numerics.md
+	$(PIP) install jax || echo "fastbn: no jax: it will be missing in the tables"
+	$(BIN)/python tests/accuracy.py
 
 # The GPU as the default device of the tests that hold on any device; numba-cuda's simulator stays off.
 test-cuda: $(VENV)/.test  ## all of that runs on a GPU, on one (needs an NVIDIA driver for CUDA 13)
@@ -91,8 +113,8 @@ clean:  ## remove all that make and builds have made
 ASAN_TESTS = $(addprefix tests/test_,$(addsuffix .py,forward backward bits guard_pages layouts inplace_and_out \
 	running_stats stats validation fuzz))
 LONG_TESTS = $(addprefix tests/test_,$(addsuffix .py,bits fuzz memory properties))
-CUDA_TESTS = $(addprefix tests/test_,$(addsuffix .py,cuda cuda_plan cuda_machine_code forward backward layouts \
-	inplace_and_out running_stats layers large))
+CUDA_TESTS = $(addprefix tests/test_,$(addsuffix .py,cuda cuda_plan cuda_machine_code cuda_device forward \
+	backward layouts inplace_and_out running_stats layers large))
 C_FILES = $(shell find src_c tests -name '*.[ch]' -o -name '*.inc')
 
 # Stamps: each says that .venv holds something.

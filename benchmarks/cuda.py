@@ -1,14 +1,16 @@
-"""Batch normalization on a GPU: fastbn, PyTorch (cuDNN on, off, compiled) and the copy speed, into a JSON file.
+"""Batch normalization on a GPU: fastbn, PyTorch (cuDNN on, off, compiled), CuPy, JAX, the copy speed; into a JSON file.
 
     python benchmarks/cuda.py --output benchmarks/results/cuda.json [--quick]
 
 Needs PyTorch with CUDA. Device time is that between two events around `CALLS` calls, after as many untimed; wall time
-is the host's, with a wait at the end. Contenders take turns in random order; medians of `rounds` rounds. Bytes are
-those that must move: two reads and a write for forward, a read and a write for inference, four reads and a write for
-backward; the share is their time at the copy speed measured in the same round over the time taken.
+is the host's, with a wait at the end; where a call costs the host more than the GPU, both say so. Contenders take turns
+in random order; medians of `rounds` rounds. Bytes are those that must move: two reads and a write for forward, a read
+and a write for inference, four reads and a write for backward; the share is their time at the copy speed measured in
+the same round over the time taken.
 """
 
 import argparse
+import importlib.util
 import json
 import platform
 import random
@@ -44,7 +46,8 @@ def contenders(shape, dtype, memory_format):
     mean, var = torch.zeros(channels, device="cuda"), torch.ones(channels, device="cuda")
     out = torch.empty_like(x)
     functional = torch.nn.functional.batch_norm
-    compiled = torch.compile(functional)
+    torch._dynamo.reset()  # else it falls back to eager after a few shapes
+    compiled = torch.compile(functional, dynamic=False)
     leaf, weight, bias = (tensor.detach().clone().requires_grad_() for tensor in (x, gamma, beta))
     _, cache = fastbn.batchnorm_forward(x, gamma, beta, device="cuda")
 
@@ -79,10 +82,50 @@ def contenders(shape, dtype, memory_format):
     }
     with torch.backends.cudnn.flags(enabled=False):
         native = backward(functional)  # the backward of a forward without cuDNN
+    for library, functions in others(x, dy, gamma, beta).items():
+        for operation, function in functions.items():
+            result[operation][library] = function
     for operation, functions in result.items():
         functions["torch without cuDNN"] = native if operation == "backward" else without_cudnn(functions["torch"])
         functions["copy"] = lambda: out.copy_(x)
     return result, x.numel() * x.element_size()
+
+
+def others(x, dy, gamma, beta):
+    """CuPy and JAX, where they are installed: the formula, as their users write it. They know no channels-last.
+
+    JAX has a stream of its own, so its calls wait for the result: its device time is wall time.
+    """
+    found = {}
+    if x.dtype != torch.float32 or not x.is_contiguous():
+        return found
+    if importlib.util.find_spec("cupy"):
+        import cupy
+
+        X, G, B = (cupy.asarray(tensor) for tensor in (x, gamma.view(1, -1, 1, 1), beta.view(1, -1, 1, 1)))
+
+        def formula():
+            mean, var = X.mean((0, 2, 3), keepdims=True), X.var((0, 2, 3), keepdims=True)
+            return (X - mean) * (G / cupy.sqrt(var + 1e-5)) + B
+
+        found["cupy"] = {"forward": formula}
+    if importlib.util.find_spec("jax"):
+        import jax
+
+        X, DY, G, B = (jax.dlpack.from_dlpack(tensor.contiguous()) for tensor in (x, dy, gamma, beta))
+
+        def forward(x, gamma, beta):
+            mean, var = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
+            scale = gamma[:, None, None] * jax.lax.rsqrt(var + 1e-5)
+            return (x - mean) * scale + beta[:, None, None]
+
+        run_forward = jax.jit(forward)
+        run_backward = jax.jit(lambda x, gamma, beta, dy: jax.vjp(forward, x, gamma, beta)[1](dy))
+        found["jax"] = {
+            "forward": lambda: run_forward(X, G, B).block_until_ready(),
+            "backward": lambda: jax.block_until_ready(run_backward(X, G, B, DY)),
+        }
+    return found
 
 
 def seconds(function):

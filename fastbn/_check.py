@@ -33,6 +33,7 @@ Vectors: TypeAlias = tuple[Array | None, Array | None, Array | None, Array | Non
 Result = TypeVar("Result")
 
 DEVICES = ("cpu", "cuda")
+DLPACK_CUDA = 2  # kDLCUDA, of DLPack
 NAN_GUARDS = ("propagate", "skip", "raise")
 NEGATIVE_SLOPE = 0.01  # of leaky_relu, as in PyTorch
 # For np.shares_memory, whose worst case is exponential; its stub knows two values only.
@@ -186,9 +187,12 @@ def options(
 def is_on_gpu(value: Any) -> bool:
     """Whether a value is an array in the memory of a GPU."""
     try:
-        return hasattr(value, "__cuda_array_interface__")
+        if hasattr(value, "__cuda_array_interface__"):
+            return True
     except RuntimeError:  # PyTorch's answer for a tensor that records gradients; one on the CPU has no such attribute
         return True
+    device = getattr(value, "__dlpack_device__", None)
+    return device is not None and device()[0] == DLPACK_CUDA
 
 
 def array(name: str, value: Any) -> Array:

@@ -167,10 +167,10 @@ def test_cuda_shapes_of_these_tests_take_every_way():
             for itemsize in (2, 4, 8):
                 operand = _plan.Operand(0, _plan.contiguous_strides(shape, itemsize))
                 threads = 16 if planar else 32
-                plans.append(_plan.make(shape, [operand], itemsize, planar, 2, threads))
+                plans.append(_plan.make(shape, [operand], itemsize, planar, _launch.processors(), threads))
     for planar in (True, False):
         mine = [plan for plan in plans if plan.planar == planar]
-        assert {plan.single for plan in mine} == {True, False}
+        assert {plan.splits > 1 for plan in mine} == {True, False}
         assert {plan.tiles > 1 for plan in mine} == {True, False} or planar
         assert {plan.width for plan in mine} >= {1, 2, 4}
     assert {plan.fold for plan in plans} > {1}
@@ -223,6 +223,13 @@ def test_cuda_memory_orders_of_numpy_arrays(name):
     cpu, gpu = both(x, dy, gamma, beta, "relu", residual)
     compare(cpu, gpu, np.float32)
     assert gpu["y"].strides == cpu["y"].strides
+
+
+def test_cuda_negative_variance_is_not_a_number():
+    x, running = np.ones((2, 2), np.float32), {"running_mean": np.zeros(2), "running_var": np.array([-1.0, 1.0])}
+    for device in ("cpu", "cuda"):
+        y = fastbn.batchnorm(x, **running, training=False, device=device)
+        assert np.isnan(y[:, 0]).all() and np.isfinite(y[:, 1]).all()
 
 
 def test_cuda_repeats_give_the_same_bits():
@@ -376,6 +383,14 @@ bn = functools.partial(fastbn.batchnorm, device="cuda")
 bn_forward = functools.partial(fastbn.batchnorm_forward, device="cuda")
 
 
+class WithGradient:
+    """What PyTorch answers for a tensor on the GPU that records gradients."""
+
+    @property
+    def __cuda_array_interface__(self):
+        raise RuntimeError("Can't get __cuda_array_interface__ on Variable that requires grad.")
+
+
 def partly_overlapping():
     """A residual and an `out` which begins at its second row."""
     memory = OnGPU(np.zeros((3, 3, 4), np.float32))
@@ -400,6 +415,8 @@ def partly_overlapping():
         (lambda: bn(OnGPU(X), out=OnGPU(X, readonly=True)), fastbn.ReadOnlyError, "out"),
         (lambda: bn(OnGPU(X.astype(int))), fastbn.DTypeError, "x: expected dtype float32 or"),
         (lambda: bn(OnGPU(X, mask=OnGPU(X))), fastbn.ArgumentError, "without a mask"),
+        (lambda: bn(WithGradient()), fastbn.ArgumentError, "x: expected an array without a gradient of its own"),
+        (lambda: fastbn.batchnorm(WithGradient()), fastbn.ArgumentError, "x: expected a NumPy array"),
         (lambda: bn(OnGPU(X[:1, :, :1])), fastbn.SingleValueError, "more than 1 value"),
         (lambda: bn(OnGPU(X), axis=3), fastbn.ShapeError, "axis"),
         (lambda: bn(OnGPU(np.ones((4, 6, 3, 5), np.float32)[::2, :, :, ::2]), axis=2),
@@ -435,6 +452,22 @@ def test_cuda_bench_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path
     assert [row["operation"] for row in rows] == ["copy", "forward", "inference", "backward"] * 2
     assert all(row["wall_us"] > 0 and row["device_us"] != 0 for row in rows)  # the simulator has a clock of its own
     assert out.count("NCL") == out.count("NLC") == 4
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("training", 1), ("momentum", 2.0), ("eps", -1.0), ("unbiased", 0), ("nan_guard", "no"), ("activation", "tanh"),
+     ("num_threads", -1), ("axis", "C"), ("device", "gpu"), ("running_mean", None), ("unknown", 1)],
+)  # fmt: skip
+def test_cuda_arrays_on_the_gpu_take_the_options_of_the_cpu(option, value):
+    running = {"running_mean": V.copy(), "running_var": V.copy(), "training": True}
+    with pytest.raises((fastbn.FastBNError, TypeError)) as on_cpu:
+        fastbn.batchnorm(X, **running | {option: value})
+    on_gpu = {name: OnGPU(array) if isinstance(array, np.ndarray) else array for name, array in running.items()}
+    with pytest.raises(type(on_cpu.value)) as error:
+        fastbn.batchnorm(OnGPU(X), **{"device": "cuda"} | on_gpu | {option: value})
+    if option != "device":  # which is why x is refused
+        assert str(error.value) == str(on_cpu.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def test_cuda_plan_keeps_its_limits(planar, shape):
         columns = [column for tile in tiles for column in tile if column < shape[1]]
         assert columns == list(range(shape[1]))
         if plan.single:
-            assert plan.splits == 1 and (plan.fold == 1 or plan.tiles == 1)
+            assert plan.splits == 1 and planar
 
 
 @pytest.mark.parametrize(

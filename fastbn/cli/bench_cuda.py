@@ -15,7 +15,8 @@ CALLS = 20
 NOTES = """\
 float32, arrays that stay on the GPU; medians of {repeats} repeats of {calls} calls. Device time is between two events
 on the GPU, wall time is that of the host until all is done. GB/s counts what must move: x read and y written; in the
-backward pass x and dy read and dx written; training reads its inputs twice. The copy of x takes turns with them."""
+backward pass x and dy read and dx written; training reads its inputs twice. Where a call costs
+the host more than the GPU, both times are that of the host."""
 
 
 def seconds(function: Callable[[], object]) -> tuple[float, float]:

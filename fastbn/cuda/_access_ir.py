@@ -55,8 +55,12 @@ def _rounded_pair(builder: Any, code: str, low: Any, high: Any) -> Any:
 def _narrowed(builder: Any, code: str, value: Any) -> Any:
     if code == "f16":
         return builder.fptrunc(value, STORED[code])
-    if code == "bf16":
-        return builder.trunc(_rounded_pair(builder, code, value, value), I16)
+    if code == "bf16":  # in integers, as on the CPU: every kernel writes running statistics, on every GPU
+        bits = builder.bitcast(value, I32)
+        odd = builder.and_(builder.lshr(bits, I32(16)), I32(1))
+        rounded = builder.lshr(builder.add(builder.add(bits, I32(0x7FFF)), odd), I32(16))
+        nan = builder.fcmp_unordered("uno", value, value)
+        return builder.trunc(builder.select(nan, I32(0x7FC0), rounded), I16)
     return value
 
 

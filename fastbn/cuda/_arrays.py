@@ -13,9 +13,10 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from numba import cuda
 
-from fastbn import _core
+from fastbn import _check, _core
 from fastbn.errors import ArgumentError, DTypeError
 
 from ._access import SIMULATOR
@@ -25,7 +26,7 @@ CODES = {name: code for code, name in _core.dtypes()}
 NAMES = {code: name for code, name in _core.dtypes()}
 ITEMSIZE = {code: itemsize for code, (itemsize, _real) in FORMATS.items()}
 TYPESTRINGS = {"<f4": "f32", "<f8": "f64", "<f2": "f16", "<V2": "bf16"}
-DLPACK_CUDA = 2  # kDLCUDA
+LEGACY_DEFAULT = 1  # the default stream in `__cuda_array_interface__`
 
 _stream: ContextVar[Any] = ContextVar("fastbn_cuda_stream", default=None)
 
@@ -40,6 +41,7 @@ class DeviceArray(NamedTuple):
     code: str  # of its dtype
     readonly: bool
     stream: int | None  # on which its last writer works
+    held: Any = None  # what keeps the memory besides the owner
 
     @property
     def ndim(self) -> int:
@@ -54,28 +56,39 @@ class DeviceArray(NamedTuple):
         return ITEMSIZE[self.code]
 
     @property
-    def span(self) -> tuple[int, int]:
-        """First byte and the byte after the last."""
-        low = high = 0
-        for extent, stride in zip(self.shape, self.strides, strict=True):
-            reach = (extent - 1) * stride
-            low, high = low + min(reach, 0), high + max(reach, 0)
-        return self.address + low, self.address + high + self.itemsize if self.size else self.address
+    def shadow(self) -> npt.NDArray[Any]:
+        """A NumPy array of the same places, which nobody may read: for the questions of `_check` about overlaps."""
+        if self.size == 0:
+            return np.empty(self.shape, f"V{self.itemsize}")
+        return np.asarray(_Places(self))
 
 
-def _interface(value: Any) -> Any:
+class _Places:
+    """Where the values of an array on the GPU are, as NumPy wants to hear it."""
+
+    def __init__(self, x: DeviceArray) -> None:
+        self.__array_interface__ = {
+            "shape": x.shape,
+            "strides": x.strides,
+            "data": (x.address, x.readonly),
+            "typestr": f"|V{x.itemsize}",
+            "version": 3,
+        }
+
+
+def _interface(name: str, value: Any) -> Any:
     """`__cuda_array_interface__`, or None. PyTorch refuses it to tensors that record gradients."""
     if SIMULATOR and type(value).__name__ == "FakeCUDAArray":  # device memory is host memory there
         return value._ary.__array_interface__
     try:
         return getattr(value, "__cuda_array_interface__", None)
     except RuntimeError as error:
-        raise ArgumentError(f"expected an array without a gradient of its own; {error}") from None
+        raise ArgumentError(f"{name}: expected an array without a gradient of its own, got one: {error}") from None
 
 
 def view(name: str, value: Any) -> DeviceArray | None:
     """The array, None if it is not on a GPU; DTypeError if its dtype is not one of ``fastbn.runtime.dtypes()``."""
-    interface = _interface(value)
+    interface = _interface(name, value)
     if interface is None:
         return _from_dlpack(name, value)
     shape, strides = tuple(interface["shape"]), interface.get("strides")
@@ -86,12 +99,30 @@ def view(name: str, value: Any) -> DeviceArray | None:
         raise ArgumentError(f"{name}: expected an array without a mask, got a masked one; its mask would be ignored")
     address, readonly = interface["data"]
     strides = contiguous_strides(shape, ITEMSIZE[code]) if strides is None else tuple(strides)
-    return DeviceArray(value, address or 0, shape, strides, code, bool(readonly), interface.get("stream"))
+    writer = interface.get("stream")
+    array = DeviceArray(
+        value, address or 0, shape, strides, code, bool(readonly), None if writer == LEGACY_DEFAULT else writer
+    )
+    _on_current_device(name, value)
+    return array
+
+
+def _on_current_device(name: str, value: Any) -> None:
+    """PyTorch and CuPy say on which GPU an array is; a kernel would run on the current one."""
+    device = getattr(value, "device", None)
+    number = {"torch": "index", "cupy": "id"}.get(_library(value))
+    if number is None:
+        return
+    found, current = getattr(device, number), cuda.get_current_device().id
+    if found is not None and found != current:
+        raise ArgumentError(
+            f"{name}: expected an array on the current GPU, number {current}, got one on number {found}; make it the "
+            "current one with the library's own context manager and numba.cuda.gpus"
+        )
 
 
 def _from_dlpack(name: str, value: Any) -> DeviceArray | None:
-    device = getattr(value, "__dlpack_device__", None)
-    if device is None or device()[0] != DLPACK_CUDA:
+    if not _check.is_on_gpu(value):
         return None
     from cuda.core.utils import StridedMemoryView
 
@@ -102,16 +133,35 @@ def _from_dlpack(name: str, value: Any) -> DeviceArray | None:
     code, shape = CODES[dtype.name], tuple(seen.shape)
     strides = contiguous_strides(shape, 1) if seen.strides is None else tuple(seen.strides)
     strides = tuple(stride * ITEMSIZE[code] for stride in strides)
-    return DeviceArray((value, seen), seen.ptr, shape, strides, code, bool(seen.readonly), None)
+    return DeviceArray(value, seen.ptr, shape, strides, code, bool(seen.readonly), None, seen)
 
 
 def _library(owner: Any) -> str:
     return type(owner).__module__.partition(".")[0]
 
 
+@contextmanager
+def _pool(x: DeviceArray) -> Iterator[str]:
+    """The library of x, made to take memory for the stream that the call works on: pools reuse it in its order."""
+    library, handle = _library(x.owner), _stream.get()
+    if handle is None or library not in ("torch", "cupy"):
+        yield library
+    elif library == "torch":
+        torch = sys.modules["torch"]
+        with torch.cuda.stream(torch.cuda.ExternalStream(handle, device=x.owner.device)):
+            yield library
+    else:
+        with sys.modules["cupy"].cuda.ExternalStream(handle):
+            yield library
+
+
 def empty_like(x: DeviceArray) -> tuple[Any, DeviceArray]:
-    """A new array in the memory order of x (C order if that has gaps), of the library that made x."""
-    library = _library(x.owner)
+    """A new array in the memory order of x, without its gaps, of the library that made x."""
+    with _pool(x) as library:
+        return _empty_like(x, library)
+
+
+def _empty_like(x: DeviceArray, library: str) -> tuple[Any, DeviceArray]:
     if library in ("torch", "cupy"):
         made = sys.modules[library].empty_like(x.owner)
         seen = view("y", made)
@@ -125,7 +175,11 @@ def empty_like(x: DeviceArray) -> tuple[Any, DeviceArray]:
 
 def empty(like: DeviceArray, size: int, code: str, zeros: bool = False) -> tuple[Any, DeviceArray]:
     """A new vector, of the library that made `like`; of zeros if asked for."""
-    library = _library(like.owner)
+    with _pool(like) as library:
+        return _empty(like, size, code, zeros, library)
+
+
+def _empty(like: DeviceArray, size: int, code: str, zeros: bool, library: str) -> tuple[Any, DeviceArray]:
     if library == "torch":
         make = like.owner.new_zeros if zeros else like.owner.new_empty
         made = make(size, dtype=getattr(sys.modules["torch"], NAMES[code]))
@@ -145,7 +199,7 @@ def _new(like: DeviceArray, shape: tuple[int, ...], strides: tuple[int, ...], co
     """An array of Numba, which has no bfloat16: there it is one of uint16."""
     dtype = np.dtype(np.uint16 if code == "bf16" else NAMES[code])
     made = cuda.device_array(shape, dtype, strides=strides, stream=current_stream(like))
-    return made, DeviceArray(made, _interface(made)["data"][0] or 0, shape, strides, code, False, None)
+    return made, DeviceArray(made, _interface("", made)["data"][0] or 0, shape, strides, code, False, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

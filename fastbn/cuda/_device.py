@@ -79,6 +79,8 @@ def _parameter(name: str, value: Any, channels: int, update: bool = False) -> De
     seen = given(name, value)
     if seen.shape != (channels,):
         raise ShapeError(f"{name}: expected shape ({channels},) for the {channels} channels of x, got {seen.shape}")
+    if any(place % seen.itemsize for place in (seen.address, seen.strides[0])):
+        raise ArgumentError(f"{name}: expected aligned memory on the GPU, got strides {seen.strides}; copy it first")
     if update and seen.readonly:
         raise ReadOnlyError(f"{name}: expected a writable array, which training updates in place, got a read-only one")
     return seen
@@ -100,15 +102,6 @@ def _out(value: Any, x: DeviceArray) -> DeviceArray:
     return seen
 
 
-def _apart(name: str, a: DeviceArray, other: str, b: DeviceArray | None, or_same: bool = False) -> None:
-    """No common memory (by the spans of both), unless they are the same array where that is allowed."""
-    if b is None or max(a.span[0], b.span[0]) >= min(a.span[1], b.span[1]):
-        return
-    if not (or_same and (a.address, a.shape, a.strides) == (b.address, b.shape, b.strides)):
-        accepted = f"{other} itself or an array apart from it" if or_same else f"an array apart from {other}"
-        raise AliasError(f"{name}: expected {accepted}, got one that overlaps {other}")
-
-
 def _view(name: str, x: DeviceArray, axis: int, planar: bool | None = None) -> _layout.View:
     seen = None
     if x.address % x.itemsize == 0:
@@ -117,7 +110,7 @@ def _view(name: str, x: DeviceArray, axis: int, planar: bool | None = None) -> _
         order = "" if planar is None else " and the memory order of x"
         raise ArgumentError(
             f"{name}: expected aligned memory that reduces to (outer, channels, inner){order}, got strides "
-            f"{x.strides}; make it contiguous first: on the GPU nothing is copied unasked"
+            f"{x.strides}; copy it to such memory first: on the GPU nothing is copied unasked"
         )
     return seen
 
@@ -159,6 +152,8 @@ def forward(
             f"nan_guard: expected 'propagate' for arrays on the GPU, got {nan_guard!r}, which would have to wait for it"
         )
     _check.num_threads(options["num_threads"])
+    if x.code == "bf16":
+        _launch.require_bfloat16()
     channels = x.shape[axis]
     per_channel = x.size // channels if channels else 0
     if training:
@@ -167,20 +162,22 @@ def forward(
     moments = _parameter("running_mean", mean, channels, update), _parameter("running_var", var, channels, update)
     added = None if options["residual"] is None else _companion("residual", options["residual"], x)
     keep_added = keep and added is not None and act[0] in NEED_ARGUMENT
+    x_places = x.shadow
+    added_places, mean_places, var_places = (None if a is None else a.shadow for a in (added, *moments))
+    written = []
     if update:
-        assert moments[0] is not None and moments[1] is not None
-        _apart("running_mean", moments[0], "running_var", moments[1])
-        for name, array in zip(("running_mean", "running_var"), moments, strict=True):
-            assert array is not None
-            _apart(name, array, "x", x)
-            _apart(name, array, "residual", added)
+        assert mean_places is not None and var_places is not None
+        _check.updated_apart(mean_places, var_places, x_places, added_places)
+        written += [("running_mean", mean_places), ("running_var", var_places)]
     target = None
     if options["out"] is not None:
         target = _out(options["out"], x)
-        _apart("out", target, "x", x, or_same=not keep)
-        _apart("out", target, "residual", added, or_same=not keep_added)
-        _apart("out", target, "running_mean", moments[0])
-        _apart("out", target, "running_var", moments[1])
+        _check.out_apart(target.shadow, keep, keep_added, x_places, added_places, mean_places, var_places)
+        written.append(("out", target.shadow))
+    for name, places in written:  # other blocks may still read gamma and beta
+        for other, vector in (("gamma", weight), ("beta", bias)):
+            if vector is not None:
+                _check.apart(name, places, other, vector.shadow)
 
     planar, shape, strides, _dense = _view("x", x, axis)
     source = Operand(x.address, strides)
@@ -188,23 +185,25 @@ def forward(
     y = options["out"]
     if target is None:
         y, target = _arrays.empty_like(x)
-    written = _written("out", target, axis, planar)
+    destination = _written("out", target, axis, planar)
     stream = _arrays.current_stream(x)
     call = _launch.Call(x.code, planar, shape, act, training, stream)
-    operands = [operand for operand in (source, second, written) if operand is not None]
+    operands = [operand for operand in (source, second, destination) if operand is not None]
     with_mask = keep and added is not None and not keep_added and act[0] != _IDENTITY and x.size > 0
     mask_nbytes = _launch.mask_nbytes(call, operands) if with_mask else 0
     rows = _core.STATISTICS_ROWS * channels
-    made, statistics = _arrays.empty(x, rows + -(-mask_nbytes // 8), "f64", zeros=x.size == 0)
+    made = statistics = None
+    if keep:
+        made, statistics = _arrays.empty(x, rows + -(-mask_nbytes // 8), "f64", zeros=x.size == 0)
     if x.size:
         _arrays.wait_for(stream, [a for a in (x, weight, bias, *moments, added, target) if a is not None])
         _launch.forward(
             call,
             source,
             second,
-            written,
-            statistics.address + 8 * rows if with_mask else 0,
-            statistics.address,
+            destination,
+            statistics.address + 8 * rows if statistics is not None and with_mask else 0,
+            0 if statistics is None else statistics.address,
             [_vector(a) for a in (weight, bias, *moments)],
             update=update,
             eps=eps,
@@ -217,6 +216,7 @@ def forward(
         return y, None
     cache = DeviceCache()
     cache._array, cache._axis, cache._call, cache._operand = x, axis, call, source
+    assert statistics is not None
     cache._vectors, cache._rows, cache._mask_nbytes = made, statistics, mask_nbytes
     cache._parameters = (weight, bias)
     cache._residual = added is not None
@@ -232,9 +232,10 @@ def backward(dy: Any, cache: Any, out: Any, num_threads: Any) -> Gradients:
     target = None
     if out is not None:
         target = _out(out, x)
-        _apart("out", target, "x", x)
-        _apart("out", target, "dy", gradient, or_same=True)
-        _apart("out", target, "residual", None if cache._kept is None else cache._kept[0])
+        _check.apart("out", target.shadow, "x", x.shadow)
+        _check.apart_or_same("out", target.shadow, "dy", gradient.shadow)
+        if cache._kept is not None:
+            _check.apart("out", target.shadow, "residual", cache._kept[0].shadow)
     arriving = Operand(gradient.address, _view("dy", gradient, axis, call.planar).strides)
     dx, dresidual, second = out, None, None
     if target is None:

@@ -5,14 +5,19 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from numba import cuda
 
 from fastbn import _core
 
-from ._access import FORMATS, scalar
+from ._access import FORMATS, SIMULATOR, scalar
+
+# Of a negative number math.sqrt of Python makes an exception, that of the GPU NaN.
+sqrt = np.sqrt if SIMULATOR else math.sqrt
 
 # Codes of the dtypes of parameters.
 CODES = {code: index for index, code in enumerate(FORMATS)}

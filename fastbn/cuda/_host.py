@@ -61,6 +61,8 @@ def _vector(buffer: Any, row: int, channels: int) -> _launch.Parameter:
 
 
 def make_call(dtype: int, planar: bool, shape: Triple, activation: tuple[int, float], training: bool) -> Call:
+    if CODES[dtype] == "bf16":
+        _launch.require_bfloat16()
     return Call(CODES[dtype], planar, shape, activation, training, current_stream(None))
 
 

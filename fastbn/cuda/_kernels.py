@@ -15,16 +15,15 @@ of its dtype, stride), address 0 where it is None.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cuda
 
 from fastbn import _core, runtime
 
-from ._access import FORMATS, peek_byte, poke_byte, vector
+from ._access import FORMATS, SIMULATOR, peek_byte, poke_byte, vector
 from ._functions import (
     activation,
     add_rows,
@@ -35,6 +34,7 @@ from ._functions import (
     peek_f64,
     poke_f64,
     set_parameter,
+    sqrt,
     two_sum,
 )
 from ._plan import MAX_CHANNELS
@@ -49,12 +49,31 @@ GAMMA, BETA = _core.STATISTICS_GAMMA, _core.STATISTICS_BETA
 IDENTITY = runtime.ACTIVATION_INDEX["identity"]
 
 
-@lru_cache
-def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_of_activation: int) -> Any:
-    """The kernel of training and inference for one dtype, width of vectors, family and activation.
+def limits(threads: int) -> dict[str, int]:
+    """Options of the compiler: so many threads must find registers. (The simulator does not know them.)"""
+    return {} if SIMULATOR else {"launch_bounds": threads}
 
-    `loads` vectors are read before the first of them is used: memory is far away.
-    """
+
+class Variant(NamedTuple):
+    """What a kernel is compiled for: all that decides about its registers."""
+
+    code: str  # of the dtype
+    width: int  # values of a vector
+    planar: bool
+    threads: int  # of a block
+    loads: int  # vectors that are read before the first of them is used: memory is far away
+    activation: int
+    phases: int
+    training: bool
+    residual: bool
+    mask: bool
+    dresidual: bool = False
+
+
+@lru_cache
+def forward(variant: Variant) -> Any:
+    """The kernel of training and inference."""
+    code, width, planar, threads, loads, row_of_activation, phases, training, has_residual, has_mask, _ = variant
     real: Any = FORMATS[code][1]
     load, store = vector(code, width)
     load_one, _ = vector(code, 1)
@@ -63,16 +82,16 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
     planes, read = 2 * lanes, loads * width
     table_size = 1 if planar else MAX_CHANNELS
 
-    @cuda.jit
-    def kernel(phases, scratch, geometry, x, residual, y, mask, statistics, parameters, mode, numbers):
+    @cuda.jit(**limits(threads))
+    def kernel(scratch, geometry, x, residual, y, mask, statistics, parameters, mode, numbers):
         channels, units, columns, side, rows, table, count, chunk, splits, runs, _fold, unit_values, row_values = (
             geometry
         )
-        x_address, x_channel, x_unit, x_outer, x_vector = x
-        r_address, _, r_unit, r_outer, r_vector = residual
-        y_address, _, y_unit, y_outer, y_vector = y
+        x_address, x_channel, x_unit, x_outer, x_inner = x
+        r_address, _, r_unit, r_outer, r_inner = residual
+        y_address, _, y_unit, y_outer, y_inner = y
         gamma, beta, running_mean, running_var = parameters
-        training, update, per_channel, degrees = mode
+        update, per_channel, degrees = mode
         eps, momentum, slope = numbers[0], numbers[1], real(numbers[2])
         shifts, partials = scratch, scratch + 8 * channels
 
@@ -84,12 +103,15 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
         one = cuda.local.array(1, real)
 
         thread = cuda.threadIdx.x
-        tile, split = cuda.blockIdx.x // splits, cuda.blockIdx.x % splits
+        block = cuda.blockIdx.x
+        if phases == MAP:  # the last blocks of the reduce are those whose values are still in the L2 cache
+            block = cuda.gridDim.x - 1 - block
+        tile, split = block // splits, block % splits
         tile_start = tile * side * lanes  # column
         row, unit = thread // side, tile * side + thread % side
         active = row < rows and unit < units
         start, stop = split * chunk + row, min(count, (split + 1) * chunk)
-        outer_step, vector_step = rows // runs, rows % runs
+        outer_step, inner_step = rows // runs, rows % runs
 
         if phases & REDUCE:
             for plane in range(planes):
@@ -99,15 +121,15 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
                     load_one(x_address + (unit * lanes + lane) % channels * x_channel, one, 0)
                     shift[lane] = finite(np.float64(one[0]))
                 base = x_address + unit * x_unit
-                i, outer, vector = start, start // runs, start % runs
+                i, outer, inner = start, start // runs, start % runs
                 while i < stop:
                     for k in range(loads):
                         if i + k * rows < stop:
-                            load(base + outer * x_outer + vector * x_vector, values, k * width)
+                            load(base + outer * x_outer + inner * x_inner, values, k * width)
                             outer += outer_step
-                            vector += vector_step
-                            if vector >= runs:
-                                vector -= runs
+                            inner += inner_step
+                            if inner >= runs:
+                                inner -= runs
                                 outer += 1
                     for k in range(loads):
                         if i + k * rows < stop:
@@ -148,7 +170,7 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
                     else:
                         mean, mean_lo, m2 = parameter(running_mean, channel, 0.0), 0.0, 0.0
                         var = parameter(running_var, channel, 1.0)
-                    rstd = 1.0 / math.sqrt(var + eps)
+                    rstd = 1.0 / sqrt(var + eps)
                     weight, bias = parameter(gamma, channel, 1.0), parameter(beta, channel, 0.0)
                     high = real(mean)
                     coefficients[0, index] = high
@@ -172,7 +194,7 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
 
             added = cuda.local.array(read, real)
             outers = cuda.local.array(loads, np.int64)
-            vectors = cuda.local.array(loads, np.int64)
+            inners = cuda.local.array(loads, np.int64)
             terms = cuda.local.array((4, lanes), real)
             if active and start < stop:
                 for lane in range(lanes):
@@ -180,19 +202,19 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
                     for term in range(4):
                         terms[term, lane] = coefficients[term, index]
                 i = start + (stop - 1 - start) // rows * rows
-                outer, vector = i // runs, i % runs
+                outer, inner = i // runs, i % runs
                 while i >= start:
                     for k in range(loads):
                         if i - k * rows >= start:
                             outers[k] = outer
-                            vectors[k] = vector
-                            load(x_address + unit * x_unit + outer * x_outer + vector * x_vector, values, k * width)
-                            if r_address != 0:
-                                load(r_address + unit * r_unit + outer * r_outer + vector * r_vector, added, k * width)
+                            inners[k] = inner
+                            load(x_address + unit * x_unit + outer * x_outer + inner * x_inner, values, k * width)
+                            if has_residual:
+                                load(r_address + unit * r_unit + outer * r_outer + inner * r_inner, added, k * width)
                             outer -= outer_step
-                            vector -= vector_step
-                            if vector < 0:
-                                vector += runs
+                            inner -= inner_step
+                            if inner < 0:
+                                inner += runs
                                 outer -= 1
                     for k in range(loads):
                         if i - k * rows >= start:
@@ -202,17 +224,17 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
                                 value = affine(
                                     values[at], terms[0, lane], terms[1, lane], terms[2, lane], terms[3, lane]
                                 )
-                                if r_address != 0:
+                                if has_residual:
                                     value += added[at]
-                                if mask != 0 and is_open(value, value, slope):
+                                if has_mask and is_open(value, value, slope):
                                     bits |= 1 << v
                                 values[at] = activate(value, value, slope)
                             store(
-                                y_address + unit * y_unit + outers[k] * y_outer + vectors[k] * y_vector,
+                                y_address + unit * y_unit + outers[k] * y_outer + inners[k] * y_inner,
                                 values,
                                 k * width,
                             )
-                            if mask != 0:
+                            if has_mask:
                                 place = unit * unit_values + (i - k * rows) * row_values
                                 poke_byte(mask + place // width, bits)
                     i -= loads * rows
@@ -221,30 +243,44 @@ def forward(code: str, width: int, planar: bool, threads: int, loads: int, row_o
 
 
 @lru_cache
-def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_of_activation: int) -> Any:
-    """The kernel of the gradients, for one dtype, width of vectors, family and activation."""
+def backward(variant: Variant) -> Any:
+    """The kernel of the gradients."""
+    (
+        code,
+        width,
+        planar,
+        threads,
+        loads,
+        row_of_activation,
+        phases,
+        training,
+        has_residual,
+        has_mask,
+        writes_residual,
+    ) = variant
     real: Any = FORMATS[code][1]
     load, store = vector(code, width)
     load_one, _ = vector(code, 1)
     _activate, is_open, passed, stopped = activation(row_of_activation, real)
     identity = row_of_activation == IDENTITY
+    first_phase, last_phase = REDUCE if phases & REDUCE else MAP, MAP if phases & MAP else REDUCE
     lanes = 1 if planar else width
     planes, read = 2 * lanes, loads * width
     table_size = 1 if planar else MAX_CHANNELS
 
-    @cuda.jit
-    def kernel(phases, scratch, geometry, x, residual, dy, dx, dresidual, mask, statistics, parameters, mode, slope):
+    @cuda.jit(**limits(threads))
+    def kernel(scratch, geometry, x, residual, dy, dx, dresidual, mask, statistics, parameters, mode, slope):
         channels, units, columns, side, rows, table, count, chunk, splits, runs, _fold, unit_values, row_values = (
             geometry
         )
-        x_address, _, x_unit, x_outer, x_vector = x
-        r_address, _, r_unit, r_outer, r_vector = residual
-        dy_address, dy_channel, dy_unit, dy_outer, dy_vector = dy
-        dx_address, _, dx_unit, dx_outer, dx_vector = dx
-        dr_address, _, dr_unit, dr_outer, dr_vector = dresidual
+        x_address, _, x_unit, x_outer, x_inner = x
+        r_address, _, r_unit, r_outer, r_inner = residual
+        dy_address, dy_channel, dy_unit, dy_outer, dy_inner = dy
+        dx_address, _, dx_unit, dx_outer, dx_inner = dx
+        dr_address, _, dr_unit, dr_outer, dr_inner = dresidual
         mask_address, mask_shift = mask
         dgamma, dbeta = parameters
-        training, reduced, per_channel = mode
+        reduced, per_channel = mode
         slope = real(slope)
         shifts, partials = scratch, scratch + 8 * channels
 
@@ -254,7 +290,7 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_
         gradients = cuda.local.array(read, real)
         added = cuda.local.array(read, real)
         outers = cuda.local.array(loads, np.int64)
-        vectors = cuda.local.array(loads, np.int64)
+        inners = cuda.local.array(loads, np.int64)
         terms = cuda.local.array((7, lanes), real)
         total = cuda.local.array(planes, np.float64)
         shift = cuda.local.array(lanes, np.float64)
@@ -262,13 +298,16 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_
         one = cuda.local.array(1, real)
 
         thread = cuda.threadIdx.x
-        tile, split = cuda.blockIdx.x // splits, cuda.blockIdx.x % splits
+        block = cuda.blockIdx.x
+        if phases == MAP:  # the last blocks of the reduce are those whose values are still in the L2 cache
+            block = cuda.gridDim.x - 1 - block
+        tile, split = block // splits, block % splits
         tile_start = tile * side * lanes
         row, unit = thread // side, tile * side + thread % side
         active = row < rows and unit < units
         start, stop = split * chunk + row, min(count, (split + 1) * chunk)
         last = start + (stop - 1 - start) // rows * rows
-        outer_step, vector_step = rows // runs, rows % runs
+        outer_step, inner_step = rows // runs, rows % runs
 
         for index in range(thread, table, threads):
             channel = (tile_start + index) % channels
@@ -285,9 +324,7 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_
                 coefficients[term, index] = real(0)
         cuda.syncthreads()
 
-        for phase in range(1, 3):  # REDUCE, MAP
-            if phases & phase == 0:
-                continue
+        for phase in range(first_phase, last_phase + 1):
             if phase == MAP and reduced:
                 wide = min(table, threads)
                 for first in range(0, table, wide):
@@ -324,36 +361,36 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_
                         shift[lane] = finite(np.float64(one[0]))
                 step = rows if phase == REDUCE else -rows  # the map goes back
                 i = start if phase == REDUCE else last
-                outer, vector = i // runs, i % runs
+                outer, inner = i // runs, i % runs
                 while start <= i < stop:
                     for k in range(loads):
                         if start <= i + k * step < stop:
                             outers[k] = outer
-                            vectors[k] = vector
-                            load(x_address + unit * x_unit + outer * x_outer + vector * x_vector, values, k * width)
+                            inners[k] = inner
+                            load(x_address + unit * x_unit + outer * x_outer + inner * x_inner, values, k * width)
                             load(
-                                dy_address + unit * dy_unit + outer * dy_outer + vector * dy_vector,
+                                dy_address + unit * dy_unit + outer * dy_outer + inner * dy_inner,
                                 gradients,
                                 k * width,
                             )
-                            if r_address != 0:
-                                load(r_address + unit * r_unit + outer * r_outer + vector * r_vector, added, k * width)
+                            if has_residual:
+                                load(r_address + unit * r_unit + outer * r_outer + inner * r_inner, added, k * width)
                             if phase == REDUCE:
                                 outer += outer_step
-                                vector += vector_step
-                                if vector >= runs:
-                                    vector -= runs
+                                inner += inner_step
+                                if inner >= runs:
+                                    inner -= runs
                                     outer += 1
                             else:
                                 outer -= outer_step
-                                vector -= vector_step
-                                if vector < 0:
-                                    vector += runs
+                                inner -= inner_step
+                                if inner < 0:
+                                    inner += runs
                                     outer -= 1
                     for k in range(loads):
                         if start <= i + k * step < stop:
                             bits = 0
-                            if mask_address != 0:
+                            if has_mask:
                                 place = unit * unit_values + (i + k * step) * row_values
                                 bits = peek_byte(mask_address + (place >> mask_shift)) >> (
                                     place & ((1 << mask_shift) - 1)
@@ -363,13 +400,13 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_
                                 g = gradients[at]
                                 if not identity:
                                     value = real(0)
-                                    if mask_address != 0:
+                                    if has_mask:
                                         through = bits >> v & 1 != 0
                                     else:
                                         value = affine(
                                             values[at], terms[0, lane], terms[1, lane], terms[2, lane], terms[3, lane]
                                         )
-                                        if r_address != 0:
+                                        if has_residual:
                                             value += added[at]
                                         through = is_open(value, value, slope)
                                     g = passed(value, g, slope) if through else stopped(value, g, slope)
@@ -384,10 +421,10 @@ def backward(code: str, width: int, planar: bool, threads: int, loads: int, row_
                                         g = ((g - terms[4, lane]) - terms[5, lane]) - d * terms[6, lane]
                                     values[at] = g * terms[2, lane]
                             if phase == MAP:
-                                place = outers[k] * dx_outer + vectors[k] * dx_vector
+                                place = outers[k] * dx_outer + inners[k] * dx_inner
                                 store(dx_address + unit * dx_unit + place, values, k * width)
-                                if dr_address != 0:
-                                    place = outers[k] * dr_outer + vectors[k] * dr_vector
+                                if writes_residual:
+                                    place = outers[k] * dr_outer + inners[k] * dr_inner
                                     store(dr_address + unit * dr_unit + place, gradients, k * width)
                     i += loads * step
 

@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 
 from numba import cuda
 
+from fastbn import _core
+from fastbn.errors import DeviceError
+
 from . import _kernels, _plan
 from ._access import FORMATS, SIMULATOR
+from ._kernels import MAP, REDUCE, Variant
 from ._plan import Operand, Plan, Triple
 
-# Threads of a block. The simulator has a thread of Python for each.
-PLANAR_THREADS, INTERLEAVED_THREADS = (16, 32) if SIMULATOR else (256, 512)
-# Bytes that a thread reads before it waits: with the threads that fit on a multiprocessor more than 24 KB, the bytes
-# on their way at full speed (4.3 TB/s x 750 ns / 132 processors on an H200).
-PLANAR_BYTES, INTERLEAVED_BYTES = 32, 64
-MAX_LOADS, MAX_VALUES = 8, 16
-
+# Threads of a block; interleaved, fewer for backward, which needs more registers. The simulator has a thread of Python
+# for each.
+PLANAR_THREADS, INTERLEAVED_THREADS, INTERLEAVED_BACKWARD_THREADS = (16, 32, 32) if SIMULATOR else (256, 512, 256)
 Parameter = tuple[int, int, int]  # address, code of the dtype, stride
 NONE: Parameter = (0, 0, 0)
 ABSENT = Operand(0, (0, 0, 0))
@@ -41,7 +41,7 @@ class Call(NamedTuple):
 
 @lru_cache
 def _processors(_device: int) -> int:
-    return 2 if SIMULATOR else int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
+    return 1 if SIMULATOR else int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
 
 
 def processors() -> int:
@@ -49,16 +49,23 @@ def processors() -> int:
     return _processors(0 if SIMULATOR else cuda.get_current_device().id)
 
 
-# Sums of the splits, for each stream: launches of a stream follow each other, so the next call may overwrite them.
-_scratch: dict[tuple[int, Any], Any] = {}
+def require_bfloat16() -> None:
+    """DeviceError unless the current device has the instruction that rounds to bfloat16."""
+    if not SIMULATOR and cuda.get_current_device().compute_capability < (8, 0):
+        raise DeviceError("x: bfloat16 needs a GPU of compute capability 8.0 or later")
+
+
+# Sums of the splits, for each device and stream: launches of a stream follow each other, so the next call may overwrite
+# them. Each thread of the host has its own, since between reduce and map another one may launch.
+_scratch = threading.local()
 
 
 def _scratch_address(nbytes: int, stream: Any) -> int:
-    device = 0 if SIMULATOR else cuda.get_current_device().id
-    key = (device, int(stream))
-    block = _scratch.get(key)
+    blocks: dict[tuple[int, int], Any] = _scratch.__dict__.setdefault("blocks", {})
+    key = (0 if SIMULATOR else cuda.get_current_device().id, int(stream))
+    block = blocks.get(key)
     if block is None or block.nbytes < nbytes:
-        block = _scratch[key] = cuda.device_array(max(nbytes, 1 << 16), "u1", stream=stream)
+        block = blocks[key] = cuda.device_array(max(nbytes, 1 << 16), "u1", stream=stream)
     return address_of(block)
 
 
@@ -67,41 +74,51 @@ def address_of(array: Any) -> int:
     return int(array._ary.ctypes.data if SIMULATOR else array.device_ctypes_pointer.value or 0)
 
 
-# Between reduce and map no other thread may launch what overwrites the sums.
-_lock = threading.Lock()
+def _launch(build: Any, variant: Variant, plan: Plan, stream: Any, reduced: bool, arguments: tuple[Any, ...]) -> None:
+    """Launch the phases: one after the other, or both at once, or the map alone."""
+    if not reduced:
+        phases = [MAP]
+    elif plan.single:
+        phases = [REDUCE | MAP]
+    else:
+        phases = [REDUCE, MAP]
+    for phase in phases:
+        build(variant._replace(phases=phase))[plan.blocks, plan.threads, stream](*arguments)
 
 
-def _launch(kernel: Any, plan: Plan, channels: int, stream: Any, reduced: bool, arguments: tuple[Any, ...]) -> None:
-    configured = kernel[plan.blocks, plan.threads, stream]
-    with _lock:
-        scratch = _scratch_address(8 * (channels + plan.sums), stream)
-        if not reduced:
-            configured(_kernels.MAP, scratch, *arguments)
-        elif plan.single:
-            configured(_kernels.REDUCE | _kernels.MAP, scratch, *arguments)
-        else:
-            configured(_kernels.REDUCE, scratch, *arguments)
-            configured(_kernels.MAP, scratch, *arguments)
+def threads(planar: bool, backward: bool) -> int:
+    """Of a block."""
+    if planar:
+        return PLANAR_THREADS
+    return INTERLEAVED_BACKWARD_THREADS if backward else INTERLEAVED_THREADS
 
 
-def _make_plan(call: Call, operands: list[Operand], limit: int = _plan.MAX_WIDTH) -> Plan:
-    threads = PLANAR_THREADS if call.planar else INTERLEAVED_THREADS
+def _make_plan(call: Call, operands: list[Operand], backward: bool = False, limit: int = _plan.MAX_WIDTH) -> Plan:
     itemsize = FORMATS[call.code][0]
-    return _plan.make(call.shape, operands, itemsize, call.planar, processors(), threads, limit)
-
-
-def loads(code: str, width: int, planar: bool, streams: int) -> int:
-    """Vectors that a thread reads before it waits, if it reads so many arrays."""
-    if width == _plan.MAX_WIDTH:  # more would not stay in registers, which a test of the machine code checks
-        return 1
-    room = (PLANAR_BYTES if planar else INTERLEAVED_BYTES) // (width * FORMATS[code][0] * streams)
-    return max(1, min(room, MAX_VALUES // width, MAX_LOADS))
+    return _plan.make(
+        call.shape,
+        operands,
+        itemsize,
+        call.planar,
+        processors(),
+        threads(call.planar, backward),
+        2 if backward else 1,
+        limit,
+    )
 
 
 def mask_nbytes(call: Call, operands: list[Operand]) -> int:
     """Of the mask that `forward` writes for these operands: a byte for each vector."""
     outer, channels, inner = call.shape
     return outer * channels * inner // _make_plan(call, operands).width
+
+
+def _scratch_of(call: Call, plan: Plan, rows: int = 0) -> tuple[int, int]:
+    """Addresses of the scratch of a call, and of so many rows of float64 after it."""
+    _, channels, _ = call.shape
+    sums = channels + plan.sums
+    address = _scratch_address(8 * (sums + rows * channels), call.stream)
+    return address, address + 8 * sums
 
 
 def forward(
@@ -118,26 +135,39 @@ def forward(
     momentum: float,
     unbiased: bool,
 ) -> None:
-    """Launch forward. `mask` and `statistics` are addresses: 0 for no mask; STATISTICS_ROWS rows of float64.
-    `parameters` are gamma, beta, the running mean and the running variance."""
+    """Launch forward.
+
+    `mask` and `statistics` (STATISTICS_ROWS rows of float64) are addresses, 0 where nobody wants them. `parameters` are
+    gamma, beta, the running mean and the running variance.
+    """
     plan = _make_plan(call, [x, y] if residual is None else [x, residual, y])
     activation, slope = call.activation
-    ahead = loads(call.code, plan.width, call.planar, 1)
-    kernel = _kernels.forward(call.code, plan.width, call.planar, plan.threads, ahead, activation)
-    _, channels, _ = call.shape
-    count = call.per_channel
+    variant = Variant(
+        call.code,
+        plan.width,
+        call.planar,
+        plan.threads,
+        plan.loads,
+        activation,
+        0,
+        call.training,
+        residual is not None,
+        mask != 0,
+    )
+    scratch, rows = _scratch_of(call, plan, 0 if statistics else _core.STATISTICS_ROWS)
     arguments = (
-        _plan.geometry(plan, channels),
+        scratch,
+        _plan.geometry(plan, call.shape[1]),
         _plan.walk(plan, x),
         _plan.walk(plan, residual or ABSENT),
         _plan.walk(plan, y),
         mask,
-        statistics,
+        statistics or rows,
         tuple(parameters),
-        (int(call.training), int(update), count, count - 1 if unbiased else count),
+        (int(update), call.per_channel, call.per_channel - 1 if unbiased else call.per_channel),
         (eps, momentum, slope),
     )
-    _launch(kernel, plan, channels, call.stream, call.training, arguments)
+    _launch(_kernels.forward, variant, plan, call.stream, call.training, arguments)
 
 
 def backward(
@@ -158,12 +188,15 @@ def backward(
     outer, channels, inner = call.shape
     # A vector must not be wider than those of forward, whose bits are in one byte.
     mask_width = outer * channels * inner // mask_nbytes if mask else _plan.MAX_WIDTH
-    plan = _make_plan(call, operands, mask_width)
+    plan = _make_plan(call, operands, True, mask_width)
     activation, slope = call.activation
-    ahead = loads(call.code, plan.width, call.planar, 2)
-    kernel = _kernels.backward(call.code, plan.width, call.planar, plan.threads, ahead, activation)
+    variant = Variant(
+        call.code, plan.width, call.planar, plan.threads, plan.loads, activation, 0, call.training,
+        residual is not None, mask != 0, dresidual is not None,
+    )  # fmt: skip
     reduced = call.training or dgamma[0] != 0 or dbeta[0] != 0
     arguments = (
+        _scratch_of(call, plan)[0],
         _plan.geometry(plan, channels),
         _plan.walk(plan, x),
         _plan.walk(plan, residual or ABSENT),
@@ -173,7 +206,7 @@ def backward(
         (mask, mask_width.bit_length() - 1),
         statistics,
         (dgamma, dbeta),
-        (int(call.training), int(reduced), call.per_channel),
+        (int(reduced), call.per_channel),
         slope,
     )
-    _launch(kernel, plan, channels, call.stream, reduced, arguments)
+    _launch(_kernels.backward, variant, plan, call.stream, reduced, arguments)

@@ -30,8 +30,14 @@ TILE_BYTES = 256  # of an interleaved row: whole memory transactions, and few ch
 MAX_CHANNELS = 128  # of a tile: the table of coefficients in shared memory
 MAX_BLOCKS = 2**31 - 1
 ROWS_PER_THREAD = 4  # fewer are not worth a block of its own
-# Blocks for each multiprocessor. Interleaved: few, because each adds up the sums of all splits of its tile.
-PLANAR_BLOCKS, INTERLEAVED_BLOCKS = 8, 1
+# Bytes that must be on their way to a multiprocessor for full speed, by Little's law (4.3 TB/s x 750 ns / 132
+# processors on an H200: 24 KB); what a thread reads before it waits; and in how many vectors and values, lest they
+# leave the registers, which a test of the machine code checks.
+BYTES_ON_THEIR_WAY = 24 * 1024
+PLANAR_BYTES, INTERLEAVED_BYTES = 32, 64
+MAX_LOADS, MAX_VALUES = 8, 16
+# Blocks for each multiprocessor. Interleaved as few as will do, because each adds up the sums of all splits.
+PLANAR_BLOCKS = 8
 
 
 def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -68,6 +74,7 @@ class Plan(NamedTuple):
     splits: int
     runs: int  # planar: vectors of a run, after which comes the next outer index
     tiles: int
+    loads: int  # vectors of each array that a thread reads before it waits
 
     @property
     def blocks(self) -> int:
@@ -75,8 +82,8 @@ class Plan(NamedTuple):
 
     @property
     def single(self) -> bool:
-        """Whether one launch can do it all: no block needs the sums of another."""
-        return self.splits == 1 and (self.fold == 1 or self.tiles == 1)
+        """Whether one launch can do it all: no block needs the sums of another, and both phases find registers."""
+        return self.planar and self.splits == 1
 
     @property
     def sums(self) -> int:
@@ -111,6 +118,14 @@ def _vectors(shape: Triple, operands: Sequence[Operand], itemsize: int, planar: 
     return 1, 1
 
 
+def loads(itemsize: int, width: int, planar: bool, arrays: int) -> int:
+    """Vectors that a thread reads before it waits, of each of so many arrays."""
+    if width == MAX_WIDTH:
+        return 1
+    room = (PLANAR_BYTES if planar else INTERLEAVED_BYTES) // (width * itemsize * arrays)
+    return max(1, min(room, MAX_VALUES // width, MAX_LOADS))
+
+
 def make(
     shape: Triple,
     operands: Sequence[Operand],
@@ -118,6 +133,7 @@ def make(
     planar: bool,
     processors: int,
     threads: int,
+    arrays: int = 1,
     limit: int = MAX_WIDTH,
 ) -> Plan:
     """The plan of a call.
@@ -132,6 +148,8 @@ def make(
         Multiprocessors of the GPU.
     threads : int
         Of a block.
+    arrays : int
+        That a thread reads side by side: x, or x and dy.
     limit : int
         The widest vector, in values.
     """
@@ -148,15 +166,16 @@ def make(
         rows = threads // side
         table, count, runs = min(channels, side * width), outer // fold, 1
     tiles = -(-units // side)
-    wanted = -(-processors * (PLANAR_BLOCKS if planar else INTERLEAVED_BLOCKS) // tiles)
+    ahead = loads(itemsize, width, planar, arrays)
+    blocks = PLANAR_BLOCKS if planar else -(-BYTES_ON_THEIR_WAY // (threads * ahead * width * itemsize * arrays))
+    wanted = -(-processors * blocks // tiles)
     splits = max(1, min(wanted, -(-count // (rows * ROWS_PER_THREAD)), MAX_BLOCKS // tiles))
     chunk = -(-count // splits)
     splits = -(-count // chunk)  # none is empty
-    channel_stride = 1 if planar else width
     return Plan(
         planar,
         width,
-        channel_stride,
+        1 if planar else width,
         fold,
         threads,
         units,
@@ -169,6 +188,7 @@ def make(
         splits,
         runs,
         tiles,
+        ahead,
     )
 
 
