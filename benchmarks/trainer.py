@@ -10,6 +10,7 @@ are those that the tests compare with (tests/torch_networks.py).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -22,21 +23,19 @@ from typing import Any
 
 import numpy as np
 
+from fastbn import nn
+
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 NETWORKS = {"cnn_bn": (128, 3, 32, 32), "keras_cnn": (64, 1, 28, 28), "cnn2d": (128, 1, 28, 28)}  # batches
 CONTENDERS = ("fastbn NHWC", "fastbn NCHW", "torch NCHW", "torch channels_last")
 STEPS = 5  # of a turn
 
 
-def fastbn_step(name: str, layout: str, x: Any, labels: Any, threads: int) -> Callable[[], None]:
-    import fastbn
-    from fastbn import nn
-
+def fastbn_step(name: str, layout: str, x: Any, labels: Any) -> Callable[[], None]:
     model = nn.MODELS[name](input_shape=x.shape[1:], layout=layout, rng=0)
     optimizer = nn.SGD(model, 0.01, 0.9)
     images = x if layout == "NCHW" else np.ascontiguousarray(x.transpose(0, 2, 3, 1))
     model.layers[0].input_gradient = False  # as in nn.fit, and in PyTorch: images need none
-    fastbn.set_num_threads(threads)
 
     def step() -> None:
         _loss, dlogits = nn.softmax_cross_entropy(model.forward(images), labels)
@@ -46,13 +45,12 @@ def fastbn_step(name: str, layout: str, x: Any, labels: Any, threads: int) -> Ca
     return step
 
 
-def torch_step(name: str, layout: str, x: Any, labels: Any, threads: int) -> Callable[[], None]:
+def torch_step(name: str, layout: str, x: Any, labels: Any) -> Callable[[], None]:
     import torch
 
     sys.path.append(str(TESTS))
     import torch_networks
 
-    torch.set_num_threads(threads)
     model = getattr(torch_networks, name)(True, x.shape[1:], 10)
     images, targets = torch.from_numpy(x), torch.from_numpy(labels)
     if layout == "channels_last":
@@ -72,11 +70,9 @@ def worker(name: str, contender: str, threads: int) -> None:
     library, layout = contender.split()
     rng = np.random.default_rng(0)
     x, labels = rng.standard_normal(NETWORKS[name], np.float32), rng.integers(0, 10, NETWORKS[name][0])
-    step = {"fastbn": fastbn_step, "torch": torch_step}[library](name, layout, x, labels, threads)
+    step = {"fastbn": fastbn_step, "torch": torch_step}[library](name, layout, x, labels)
 
-    from fastbn import nn
-
-    with nn.threads(threads):  # for PyTorch without effect: it has products of its own
+    with nn.threads(threads) if library == "fastbn" else contextlib.nullcontext():
         for _ in range(STEPS):
             step()
         for _ in sys.stdin:
@@ -92,7 +88,13 @@ def measure(name: str, threads: int, rounds: int) -> dict[str, dict[str, float]]
     processes = {}
     for contender in CONTENDERS:
         command = [sys.executable, __file__, "--worker", name, contender, "--threads", str(threads)]
-        processes[contender] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        processes[contender] = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},  # PyTorch's number of threads
+        )
     times: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
     try:
         for turn in range(rounds + 1):
