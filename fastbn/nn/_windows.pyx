@@ -62,16 +62,16 @@ cdef inline void zeros(floating *columns, Py_ssize_t count, bint back) noexcept 
 cdef void exchange_nhwc(floating *x, floating *columns, Py_ssize_t line, Py_ssize_t lines, Geometry g,
                         bint back) noexcept nogil:
     """Rows of the matrix are windows, their values in the order (kernel_h, kernel_w, channels)."""
-    cdef Py_ssize_t l, ow, i, ih, iw, before, behind, length = g.kernel_w * g.channels
+    cdef Py_ssize_t row, ow, i, ih, iw, before, behind, length = g.kernel_w * g.channels
     cdef floating *image
-    for l in range(line, line + lines):
-        image = x + l // g.out_h * g.height * g.width * g.channels
+    for row in range(line, line + lines):
+        image = x + row // g.out_h * g.height * g.width * g.channels
         for ow in range(g.out_w):
             iw = ow * g.stride_w - g.left
             before = min(max(-iw, 0), g.kernel_w) * g.channels
             behind = min(max(iw + g.kernel_w - g.width, 0), g.kernel_w) * g.channels
             for i in range(g.kernel_h):
-                ih = l % g.out_h * g.stride_h - g.top + i
+                ih = row % g.out_h * g.stride_h - g.top + i
                 if ih < 0 or ih >= g.height or before + behind >= length:
                     zeros(columns, length, back)
                 else:
@@ -85,16 +85,16 @@ cdef void exchange_nhwc(floating *x, floating *columns, Py_ssize_t line, Py_ssiz
 cdef void exchange_nchw(floating *x, floating *columns, Py_ssize_t line, Py_ssize_t lines, Geometry g,
                         bint back) noexcept nogil:
     """Columns of the matrix are windows, its rows are in the order (channels, kernel_h, kernel_w). One image."""
-    cdef Py_ssize_t c, i, j, l, ih, first, last
+    cdef Py_ssize_t _channel, i, j, row, ih, first, last
     x += line // g.out_h * g.channels * g.height * g.width
-    for c in range(g.channels):
+    for _channel in range(g.channels):
         for i in range(g.kernel_h):
             for j in range(g.kernel_w):
                 # Windows from `first` to before `last` see the image at this place.
                 first = min(max((g.left - j + g.stride_w - 1) // g.stride_w, 0), g.out_w)
                 last = max(min((g.width - 1 + g.left - j) // g.stride_w + 1, g.out_w), first)
-                for l in range(line % g.out_h, line % g.out_h + lines):
-                    ih = l * g.stride_h - g.top + i
+                for row in range(line % g.out_h, line % g.out_h + lines):
+                    ih = row * g.stride_h - g.top + i
                     if ih < 0 or ih >= g.height:
                         zeros(columns, g.out_w, back)
                     else:
