@@ -88,7 +88,7 @@ lint: $(VENV)/.lint  ## formats, style and types of Python, Cython, C
 	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint fastbn
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
 	$(BIN)/mypy
-	$(BIN)/stubtest --ignore-missing-stub fastbn._core fastbn.nn._windows
+	$(BIN)/stubtest --mypy-config-file pyproject.toml --ignore-missing-stub fastbn._core fastbn.nn._windows
 
 format: $(VENV)/.lint  ## rewrite Python and C as `make lint` wants them
 	$(BIN)/ruff check --fix
