@@ -305,17 +305,13 @@ def backward(dy: npt.ArrayLike, cache: BatchNormCache, out: Array | None, num_th
     dresidual = second = None
     if cache._residual:
         second = dresidual, _ = _layout.new_like(x, axis, view)
+    operands = ((x, view.strides), cache._added, (gradient, dy_view.strides), target, second, cache._mask)
     if cache._on_gpu:
         from .cuda import _host
 
         dgamma, dbeta = _host.backward(
             _host.make_call(cache._dtype, view.planar, view.shape, cache._activation, cache._training),
-            (x, view.strides),
-            cache._added,
-            (gradient, dy_view.strides),
-            target,
-            second,
-            cache._mask,
+            *operands,
             cache._statistics,
             cache._gamma_dtype,
             cache._beta_dtype,
@@ -327,12 +323,7 @@ def backward(dy: npt.ArrayLike, cache: BatchNormCache, out: Array | None, num_th
             runtime.choose_threads(threads, x.nbytes),
             view.planar,
             view.shape,
-            (x, view.strides),
-            cache._added,
-            (gradient, dy_view.strides),
-            target,
-            second,
-            cache._mask,
+            *operands,
             cache._activation,
             cache._statistics,
             cache._training,

@@ -85,6 +85,19 @@ def add_rows(sums, planes, side, rows):
 
 
 @cuda.jit(device=True)
+def leave_sums(sums, lanes, partials, geometry, unit, split):
+    """Add up the rows of a block and leave the two sums of each of its columns; `unit` is that of the thread."""
+    _channels, units, columns, side, rows = geometry[:5]
+    thread = cuda.threadIdx.x
+    add_rows(sums, 2 * lanes, side, rows)
+    if thread < side and unit < units:
+        for lane in range(lanes):
+            address = partials + 8 * (2 * split * columns + unit * lanes + lane)
+            poke_f64(address, sums[lane, thread])
+            poke_f64(address + 8 * columns, sums[lanes + lane, thread])
+
+
+@cuda.jit(device=True)
 def add_splits(partials, sums, geometry, tile_start, first):
     """The two sums of the channels of a tile from number `first` on, one of a thread, over splits and folds.
 

@@ -26,10 +26,10 @@ from fastbn import _core, runtime
 from ._access import FORMATS, SIMULATOR, peek_byte, poke_byte, vector
 from ._functions import (
     activation,
-    add_rows,
     add_splits,
     affine,
     finite,
+    leave_sums,
     parameter,
     peek_f64,
     poke_f64,
@@ -84,7 +84,7 @@ def forward(variant: Variant) -> Any:
 
     @cuda.jit(**limits(threads))
     def kernel(scratch, geometry, x, residual, y, mask, statistics, parameters, mode, numbers):
-        channels, units, columns, side, rows, table, count, chunk, splits, runs, _fold, unit_values, row_values = (
+        channels, units, _columns, side, rows, table, count, chunk, splits, runs, _fold, unit_values, row_values = (
             geometry
         )
         x_address, x_channel, x_unit, x_outer, x_inner = x
@@ -140,15 +140,11 @@ def forward(variant: Variant) -> Any:
                     i += loads * rows
             for plane in range(planes):
                 sums[plane, thread] = total[plane]
-            add_rows(sums, planes, side, rows)
-            if thread < side and unit < units:
+            leave_sums(sums, lanes, partials, geometry, unit, split)
+            if split == 0 and thread < side and unit < units:
                 for lane in range(lanes):
-                    column = unit * lanes + lane
-                    address = partials + 8 * (2 * split * columns + column)
-                    poke_f64(address, sums[lane, thread])
-                    poke_f64(address + 8 * columns, sums[lanes + lane, thread])
-                    if split == 0 and column < channels:  # the map may overwrite x
-                        poke_f64(shifts + 8 * column, shift[lane])
+                    if unit * lanes + lane < channels:  # the map may overwrite x
+                        poke_f64(shifts + 8 * (unit * lanes + lane), shift[lane])
             cuda.syncthreads()
 
         if phases & MAP:
@@ -270,7 +266,7 @@ def backward(variant: Variant) -> Any:
 
     @cuda.jit(**limits(threads))
     def kernel(scratch, geometry, x, residual, dy, dx, dresidual, mask, statistics, parameters, mode, slope):
-        channels, units, columns, side, rows, table, count, chunk, splits, runs, _fold, unit_values, row_values = (
+        channels, units, _columns, side, rows, table, count, chunk, splits, runs, _fold, unit_values, row_values = (
             geometry
         )
         x_address, _, x_unit, x_outer, x_inner = x
@@ -431,15 +427,11 @@ def backward(variant: Variant) -> Any:
             if phase == REDUCE:
                 for plane in range(planes):
                     sums[plane, thread] = total[plane]
-                add_rows(sums, planes, side, rows)
-                if thread < side and unit < units:
+                leave_sums(sums, lanes, partials, geometry, unit, split)
+                if split == 0 and thread < side and unit < units:
                     for lane in range(lanes):
-                        column = unit * lanes + lane
-                        address = partials + 8 * (2 * split * columns + column)
-                        poke_f64(address, sums[lane, thread])
-                        poke_f64(address + 8 * columns, sums[lanes + lane, thread])
-                        if split == 0 and column < channels:  # the map may overwrite dy
-                            poke_f64(shifts + 8 * column, shift[lane])
+                        if unit * lanes + lane < channels:  # the map may overwrite dy
+                            poke_f64(shifts + 8 * (unit * lanes + lane), shift[lane])
                 cuda.syncthreads()
 
     return kernel

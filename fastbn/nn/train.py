@@ -33,6 +33,16 @@ def row(epoch: Epoch) -> str:
     )
 
 
+def learn_from(model: LayerLike, optimizer: Optimizer, x: Array, labels: Array) -> tuple[float, Array]:
+    """One step of training: the loss of a batch, and the logits. Nothing is learned from a loss that is not finite."""
+    logits = model.forward(x)
+    loss, dlogits = softmax_cross_entropy(logits, labels)
+    if math.isfinite(loss):
+        model.backward(dlogits)
+        optimizer.step()
+    return loss, logits
+
+
 def fit(
     model: LayerLike,
     optimizer: Optimizer,
@@ -98,15 +108,12 @@ def fit(
             progress = tqdm(batches, desc=f"epoch {number}/{epochs}", unit="batch", leave=False, disable=None)
             for step, batch in enumerate(progress):
                 x, labels = data.x_train[batch], data.y_train[batch]
-                logits = model.forward(x if augment is None else augment(x, rng))
-                loss, dlogits = softmax_cross_entropy(logits, labels)
+                optimizer.lr = rate * schedule(number - 1 + step / len(batches))
+                loss, logits = learn_from(model, optimizer, x if augment is None else augment(x, rng), labels)
                 loss_sum += loss * len(batch)
                 correct += int((logits.argmax(axis=1) == labels).sum())
                 if not math.isfinite(loss):
                     break
-                model.backward(dlogits)
-                optimizer.lr = rate * schedule(number - 1 + step / len(batches))
-                optimizer.step()
             optimizer.lr = rate
             speed = images / (time.perf_counter() - start)
             history.append(

@@ -15,8 +15,8 @@ from fastbn.nn.data import Dataset
 from fastbn.nn.experiments.protocol import Curve
 from fastbn.nn.inference import evaluate
 from fastbn.nn.layers import Array, Layer, LayerLike, Sequential, walk
-from fastbn.nn.loss import softmax_cross_entropy
 from fastbn.nn.optim import SCHEDULES, SGD, Schedule, constant
+from fastbn.nn.train import learn_from
 
 
 def training(
@@ -38,12 +38,10 @@ def training(
     while True:
         for batch in np.array_split(rng.permutation(len(data.x_train)), math.ceil(len(data.x_train) / batch_size)):
             model.train()
-            loss, dlogits = softmax_cross_entropy(model.forward(data.x_train[batch]), data.y_train[batch])
+            optimizer.lr = lr * schedule(next(counter))
+            loss, _ = learn_from(model, optimizer, data.x_train[batch], data.y_train[batch])
             if not math.isfinite(loss):
                 return
-            model.backward(dlogits)
-            optimizer.lr = lr * schedule(next(counter))
-            optimizer.step()
             yield loss
 
 
