@@ -46,7 +46,6 @@ cdef extern from "fastbn.h" nogil:
         int activation
         double negative_slope
         int training, stream
-        int64_t ahead
 
     ctypedef struct fastbn_copy2d:
         int64_t rows, columns
@@ -65,10 +64,11 @@ cdef extern from "fastbn.h" nogil:
         fastbn_kernel *apply[2]
         fastbn_kernel *backward_stats[2]
         fastbn_kernel *backward_apply[2]
+        fastbn_kernel *apply_adjoining
+        fastbn_kernel *backward_apply_adjoining
         fastbn_pair *apply_beside_stats
         fastbn_pair *backward_apply_beside_stats
         void (*round_coefficients)(const double *values, void *coefficients, int64_t plane) noexcept nogil
-        void (*spread_coefficients)(const fastbn_block *, void *spread, int64_t spread_plane) noexcept nogil
         void (*copy2d)(const fastbn_copy2d *) noexcept nogil
 
     ctypedef struct fastbn_isa:
@@ -77,6 +77,7 @@ cdef extern from "fastbn.h" nogil:
         void (*copy)(char *destination, const char *source, int64_t bytes, int stream) noexcept nogil
 
     int fastbn_isa_count()
+    int64_t fastbn_stream_bytes()
     const fastbn_isa *fastbn_get_isa(int index)
     int fastbn_isa_available(int index)
     int fastbn_dtype_count()
@@ -332,7 +333,7 @@ def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, 
         job.finish = finish_forward
         job.map = job.kernels.apply[planar]
         job.map_beside_reduce = job.kernels.apply_beside_stats
-        job.map_flat = job.kernels.apply[0]
+        job.map_adjoining = job.kernels.apply_adjoining
         if training:
             job.reduce = job.kernels.stats[planar]
         else:
@@ -381,7 +382,7 @@ def backward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x,
             job.reduce = job.kernels.backward_stats[planar]
         job.map = job.kernels.backward_apply[planar]
         job.map_beside_reduce = job.kernels.backward_apply_beside_stats
-        job.map_flat = job.kernels.backward_apply[0]
+        job.map_adjoining = job.kernels.backward_apply_adjoining
         carry_out(&job)
         return rounded(dgamma, gamma_dtype), rounded(dbeta, beta_dtype)
     finally:

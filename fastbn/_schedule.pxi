@@ -41,7 +41,7 @@ cdef struct Job:
     fastbn_kernel *reduce  # NULL: the statistics are given
     fastbn_kernel *map     # NULL: only the statistics are wanted
     fastbn_pair *map_beside_reduce  # planar: both at once, for different channels
-    fastbn_kernel *map_flat         # planar: short adjoining runs as rows
+    fastbn_kernel *map_adjoining    # planar: short runs that adjoin as one
     # arrays
     Array x, residual, dy, y, dx, dresidual
     char *mask
@@ -63,7 +63,7 @@ cdef struct Job:
     int64_t map_rows  # interleaved: map goes over whole rows, so many a unit
     int64_t map_units
     bint by_channel   # planar: all three steps for a group before the next
-    bint flat         # planar: map takes the runs of a group, which adjoin, as one row
+    bint adjoining    # planar: map takes the runs of a group, which are short and adjoin, as one
     bint beside       # and the map of a group beside the reduce of the next
     # scratch, one allocation
     double *sums
@@ -72,8 +72,6 @@ cdef struct Job:
     char *coefficients
     char *redo        # a flag a channel
     bint packed       # some array is strided: blocks pass through `packing`
-    char *spread      # flat: the coefficients of a group, for each column; a part for each thread
-    int64_t spread_size
     char *packing     # a part for each thread
     int64_t packing_size
     bint stream
@@ -92,16 +90,10 @@ cdef enum:
     TASKS_PER_THREAD = 4
     # Sums that one thread finishes while others would still wake up.
     SERIAL_SUMS = 8192
-    # Bytes of a run below which the runs of a group are mapped as one row.
-    FLAT_BYTES = 512
-    # Columns of such a row.
-    FLAT_COLUMNS = 1024
-    # Bytes of a run from which map and reduce go side by side.
+    # Bytes of a run from which map and reduce go side by side. The map takes shorter runs as one, if they adjoin.
     BESIDE_BYTES = 2 << 10
     # Bytes of scratch that are kept for the next call.
     SPARE_BYTES = 4 << 20
-    # Bytes of y from which stores go past the caches.
-    STREAM_BYTES = 32 << 20
 
 
 cdef inline int64_t ceil_div(int64_t a, int64_t b) noexcept nogil:
@@ -173,7 +165,6 @@ cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t
     b.negative_slope = job.negative_slope
     b.training = job.training
     b.stream = job.stream
-    b.ahead = 0
     b.plane = job.width
     b.coefficients = job.coefficients + channel * job.kernels.coefficient_size
     b.x_shift = job.x_shift + channel
@@ -249,18 +240,10 @@ cdef void run_planar(Job *job, fastbn_kernel *kernel, int thread, int64_t channe
     """A kernel over one block of each of some channels."""
     cdef fastbn_block b
     cdef int64_t i
-    if mapping and job.flat:
-        b = planar_block(job, channel, channels, block, True)
-        job.kernels.spread_coefficients(&b, job.spread + thread * job.spread_size, job.group * job.inner)
-        b.coefficients = job.spread + thread * job.spread_size
-        b.plane = job.group * job.inner
-        b.columns *= channels
-        if job.by_channel:
-            b.ahead = b.columns * job.kernels.itemsize
-        job.map_flat(&b)
-        return
     if not job.packed:
         b = planar_block(job, channel, channels, block, mapping)
+        if mapping and job.adjoining:
+            kernel = job.map_adjoining
         kernel(&b)
         return
     for i in range(channel, channel + channels):
@@ -470,16 +453,16 @@ cdef bint balanced(int64_t channels, int threads) noexcept nogil:
 
 cdef void cut(Job *job) noexcept nogil:
     """Fix blocks and units. Nothing that cuts a sum depends on anything but the shape."""
-    cdef int64_t rows, values, unit, planar_block = job.kernels.planar_block
+    cdef int64_t rows, values, unit, whole, planar_block = job.kernels.planar_block
+    cdef int64_t run = job.inner * job.kernels.itemsize, total = job.outer * job.channels * run
     cdef const char *written
-    cdef int64_t whole = 1
     job.fold = fold_of(job.planar, job.channels)
     job.width = job.fold * job.channels
     job.packed = (is_strided(job, &job.x) or is_strided(job, &job.residual) or is_strided(job, &job.dy)
                   or is_strided(job, &job.y) or is_strided(job, &job.dx) or is_strided(job, &job.dresidual))
-    job.flat = (job.planar and not job.packed and job.mask == NULL and job.inner * job.kernels.itemsize < FLAT_BYTES
-                and is_dense(job, &job.x) and is_dense(job, &job.residual) and is_dense(job, &job.dy)
-                and is_dense(job, &job.y) and is_dense(job, &job.dx) and is_dense(job, &job.dresidual))
+    job.adjoining = (job.planar and not job.packed and job.mask == NULL and run < BESIDE_BYTES
+                     and is_dense(job, &job.x) and is_dense(job, &job.residual) and is_dense(job, &job.dy)
+                     and is_dense(job, &job.y) and is_dense(job, &job.dx) and is_dense(job, &job.dresidual))
     job.segments = 1
     job.by_channel = False
     if job.planar:
@@ -493,11 +476,14 @@ cdef void cut(Job *job) noexcept nogil:
         values = job.outer * job.inner if job.by_channel else job.rows_per_block * min(job.inner, planar_block)
         unit = UNIT_BYTES if job.by_channel else PHASE_UNIT_BYTES
         job.group = max(1, min(unit // (values * job.kernels.itemsize), job.channels // job.threads))
-        if job.flat:  # rows of whole vectors, whose coefficients stay in the L1 cache
-            whole = FASTBN_LANES // gcd(job.inner, FASTBN_LANES)
-            job.group = max(1, min(job.group, FLAT_COLUMNS // job.inner))
-            if job.group > whole:
-                job.group -= job.group % whole
+        whole = FASTBN_LANES // gcd(job.inner, FASTBN_LANES)  # so many channels are whole lines of the cache
+        if job.adjoining and job.group > whole:
+            job.group -= job.group % whole
+        if job.adjoining and job.reduce == NULL:  # no sums to cut: in the order of memory
+            unit = min(unit, total // (job.threads * TASKS_PER_THREAD))
+            job.rows_per_block = min(max(1, unit // (job.channels * run)), job.outer)
+            job.blocks = ceil_div(job.outer, job.rows_per_block)
+            job.group = min(max(1, unit // (job.rows_per_block * run)), job.channels)
         job.groups = ceil_div(job.channels, job.group)
     else:
         rows = job.outer // job.fold
@@ -508,12 +494,11 @@ cdef void cut(Job *job) noexcept nogil:
     if not job.planar:
         job.map_rows = max(1, UNIT_BYTES // (job.width * job.kernels.itemsize))
         job.map_units = ceil_div(rows, job.map_rows) + (rows * job.fold < job.outer)
-    job.beside = job.by_channel and not job.packed and job.inner * job.kernels.itemsize >= BESIDE_BYTES
+    job.beside = job.by_channel and not job.packed and run >= BESIDE_BYTES
     # Streaming pays where y is too large to be found in a cache later, and runs are long enough to fill whole lines.
     written = job.y.data if job.dy.data == NULL else job.dx.data
     job.stream = (written != NULL and written != job.x.data and written != job.residual.data and written != job.dy.data
-                  and job.outer * job.channels * job.inner * job.kernels.itemsize >= STREAM_BYTES
-                  and (not job.planar or job.flat or job.inner * job.kernels.itemsize >= BESIDE_BYTES))
+                  and total >= fastbn_stream_bytes() and (not job.planar or job.adjoining or run >= BESIDE_BYTES))
 
 
 cdef inline int64_t aligned(int64_t size) noexcept nogil:
@@ -534,11 +519,6 @@ cdef int64_t lay_out(Job *job, char *memory) noexcept nogil:
     job.coefficients = take(&cursor, FASTBN_PLANES * job.width * job.kernels.coefficient_size)
     job.redo = take(&cursor, job.channels)
     job.sums = <double *>take(&cursor, sums_size(job) if job.reduce != NULL else 0)
-    job.spread = cursor
-    job.spread_size = 0
-    if job.flat:
-        job.spread_size = aligned(FASTBN_PLANES * job.group * job.inner * job.kernels.coefficient_size)
-    cursor += job.spread_size * min(job.threads, max(job.units, job.map_units))
     job.packing = cursor
     job.packing_size = 0
     if job.packed:  # x, dy and residual, dx and dresidual

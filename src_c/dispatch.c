@@ -41,6 +41,14 @@ int fastbn_isa_count(void)
     return ISA_COUNT;
 }
 
+int64_t fastbn_stream_bytes(void)
+{
+#if defined(__x86_64__)
+    if (__builtin_cpu_is("amd")) return 10 << 20;
+#endif
+    return 32 << 20;
+}
+
 const fastbn_isa *fastbn_get_isa(int index)
 {
     assert(0 <= index && index < ISA_COUNT);

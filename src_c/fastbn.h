@@ -60,9 +60,8 @@ typedef struct fastbn_block {
     int64_t plane;
     int activation; /* row of activations.def */
     double negative_slope;
-    int training;  /* backward_apply: whether mean and variance depend on x */
-    int stream;    /* apply and backward_apply: store past the caches */
-    int64_t ahead; /* interleaved: ask the L2 cache for what is read so many bytes behind; 0: for nothing */
+    int training; /* backward_apply: whether mean and variance depend on x */
+    int stream;   /* apply and backward_apply: store past the caches */
 } fastbn_block;
 
 /* A strided copy of a matrix. Strides in bytes. */
@@ -88,13 +87,12 @@ typedef struct fastbn_kernels {
     fastbn_kernel *apply[2];          /* y (and mask) from x, residual, coefficients */
     fastbn_kernel *backward_stats[2]; /* sums of e and e*d, e = g - dy_shift, d = x - x_shift */
     fastbn_kernel *backward_apply[2]; /* dx (and dresidual) from x, dy, coefficients, mask */
+    /* Planar, where the runs of neighbouring channels adjoin, and without a mask. */
+    fastbn_kernel *apply_adjoining, *backward_apply_adjoining;
     /* Planar, both for the same rows and columns: the first kernel's work on one block, the second's on another. */
     fastbn_pair *apply_beside_stats, *backward_apply_beside_stats;
     /* Round the coefficients of one channel (float64, means as unevaluated sums hi + lo) into their planes. */
     void (*round_coefficients)(const double values[FASTBN_PLANES], void *coefficients, int64_t plane);
-    /* The coefficients of a planar block, one for each value of its channels' runs, in planes so many elements apart:
-     * where runs adjoin, they are one row of an interleaved block. */
-    void (*spread_coefficients)(const fastbn_block *, void *spread, int64_t spread_plane);
     void (*copy2d)(const fastbn_copy2d *);
 } fastbn_kernels;
 
@@ -109,6 +107,9 @@ typedef struct fastbn_isa {
 int fastbn_isa_count(void);
 const fastbn_isa *fastbn_get_isa(int index);
 int fastbn_isa_available(int index); /* on this CPU and operating system */
+/* Bytes of y from which stores go past the caches: where that was measured to pay, with somebody who reads y next.
+ * AMD's processors write to their L3 cache slower (Zen 3), others were measured on Intel's. */
+int64_t fastbn_stream_bytes(void);
 int fastbn_dtype_count(void);
 const char *fastbn_dtype_code(int index);
 const char *fastbn_dtype_name(int index);

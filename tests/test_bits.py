@@ -35,6 +35,7 @@ BIG_ENOUGH = [
     (10000, 6),  # folded rows, several blocks and a rest
     (70, 4500),  # rows wider than what is packed at once
     (20, 300, 7, 7),  # short runs, several groups of them
+    (5, 33, 3),  # runs shorter than a vector
 ]
 
 
@@ -137,8 +138,9 @@ def test_bits_in_place_and_repeated(dtype, order):
 def test_bits_of_streamed_output(isa, dtype, axis, shape):
     """Large outputs go past the caches; those in place do not: the same values, also where rows start off a line."""
     problem = make_problem((1, *shape), dtype)
-    copies = -(-(34 << 20) // problem.x.nbytes)  # above STREAM_BYTES of the schedule
+    copies = -(-(34 << 20) // problem.x.nbytes)  # above fastbn_stream_bytes()
     x, dy = (np.concatenate([array] * copies) for array in (problem.x, problem.dy))
+    moments = {"running_mean": np.linspace(-1, 1, x.shape[axis]), "running_var": np.linspace(1, 2, x.shape[axis])}
     for offset in (0, x.itemsize):  # where rows begin in their lines, and where the mask allows streaming
         room = np.empty(x.nbytes + 64, np.uint8)
         start = -room.ctypes.data % 64 + offset
@@ -149,6 +151,11 @@ def test_bits_of_streamed_output(isa, dtype, axis, shape):
                 in_place = x.copy() if residual is None else residual.copy()
                 given = (in_place, None) if residual is None else (x, in_place)
                 fastbn.batchnorm(given[0], axis=axis, activation="relu", residual=given[1], out=in_place)
+                assert_same_bits(out, in_place)
+                in_place[...] = x if residual is None else residual
+                for target in (out, in_place):
+                    inputs = (x, residual) if target is out else given
+                    fastbn.batchnorm(inputs[0], axis=axis, residual=inputs[1], out=target, training=False, **moments)
                 assert_same_bits(out, in_place)
                 streamed = fastbn.batchnorm_backward(dy, cache, out=out)
                 in_place = dy.copy()
