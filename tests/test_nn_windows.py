@@ -42,7 +42,17 @@ def matrices(values, axis):
     return order.reshape(np.prod(values.shape[:3]), -1)
 
 
-@pytest.mark.parametrize("tile_bytes", [1, 600, 1 << 18])
+def as_rows(columns, axis):
+    """What a tile gathers, with a row for each window."""
+    return columns if axis == -1 else columns.transpose(0, 2, 1).reshape(-1, columns.shape[1])
+
+
+def as_gathered(rows, columns, axis):
+    """The inverse of `as_rows`, for rows of any length."""
+    return rows if axis == -1 else rows.reshape(len(columns), -1, rows.shape[1]).transpose(0, 2, 1)
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 600, 2000, 1 << 18])
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gathering_and_scattering_follow_the_definition(case, axis, tile_bytes, monkeypatch):
@@ -55,18 +65,19 @@ def test_gathering_and_scattering_follow_the_definition(case, axis, tile_bytes, 
     expected = matrices(definition(images, windows), axis)
     tiles = list(windows.tiles(slice(0, len(x)), x.dtype))
     assert sum(tile.lines for tile in tiles) == len(x) * windows.OH
-    np.testing.assert_array_equal(np.concatenate([tile.gather(x).copy() for tile in tiles]), expected)
+    gathered = np.concatenate([as_rows(tile.gather(x), axis).copy() for tile in tiles])
+    np.testing.assert_array_equal(gathered, expected)
 
     # Scattering is the transposed map: <gather(x), g> = <x, scatter(g)> for every x.
     gradients = rng.standard_normal(expected.shape)
     dx, start = np.zeros_like(x), 0
     for tile in tiles:
         rows = gradients[start : start + tile.lines * windows.OW]
-        tile.scatter(rows, np.eye(rows.shape[1]), dx)
+        tile.scatter(as_gathered(rows, tile.gather(x), axis), np.eye(rows.shape[1]), dx)
         start += len(rows)
     probes = np.eye(x.size).reshape(-1, *x.shape) if x.size <= 40 else rng.standard_normal((5, *x.shape))
     for probe in probes:
-        seen = np.concatenate([tile.gather(np.ascontiguousarray(probe)).copy() for tile in tiles])
+        seen = np.concatenate([as_rows(tile.gather(np.ascontiguousarray(probe)), axis).copy() for tile in tiles])
         assert (seen * gradients).sum() == pytest.approx((probe * dx).sum(), rel=1e-12, abs=1e-12)
 
 

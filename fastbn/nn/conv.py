@@ -15,7 +15,7 @@ from fastbn.nn import _windows
 from fastbn.nn.layers import Array, Layer, Rng, Sequential, channel_axis, initial
 from fastbn.nn.threads import for_each
 
-TILE_BYTES = 1 << 19  # of gathered windows: about an L2 cache
+TILE_BYTES = 1 << 21  # of gathered windows: in the L3 cache; with smaller tiles threads wait more often for the GIL
 
 Pair = tuple[int, int]
 Padding = int | Literal["same"]
@@ -52,9 +52,13 @@ class Windows:
         return (self.N, F, self.OH, self.OW) if self.axis == 1 else (self.N, self.OH, self.OW, F)
 
     def tiles(self, images: slice, dtype: np.dtype[Any]) -> Iterator[Tile]:
-        """The windows of these images, some lines at a time; in NCHW a tile is in one image."""
+        """The windows of these images, some lines at a time; in NCHW whole images, or lines of one."""
         most = max(1, TILE_BYTES // (self.OW * self.values * dtype.itemsize))
-        block = self.OH if self.axis == 1 else self.OH * (images.stop - images.start)
+        block = self.OH * (images.stop - images.start)
+        if self.axis == 1 and most < self.OH:
+            block = self.OH
+        elif self.axis == 1:
+            most -= most % self.OH
         scratch = np.empty(min(most, block) * self.OW * self.values, dtype)
         for start in range(images.start * self.OH, images.stop * self.OH, block):
             for line in range(start, start + block, most):
@@ -63,44 +67,69 @@ class Windows:
 
 @dataclass
 class Tile:
-    """Some lines of windows. Matrices have one row for each window in both layouts, transposed in memory in NCHW."""
+    """Some lines of windows, as a matrix. In NHWC it has a row for each window; in NCHW a column, and there is one such
+    matrix for each image."""
 
     windows: Windows
     line: int  # counted through all images
     lines: int
     scratch: Array
 
-    def columns(self) -> Array:
-        """Room for the windows: one row of the matrix for each in NHWC, one column in NCHW."""
-        size = (self.lines * self.windows.OW, self.windows.values)
-        shape = size if self.windows.axis == -1 else size[::-1]
-        columns: Array = self.scratch[: size[0] * size[1]].reshape(shape)
-        return columns
+    def pixels(self, array: Array) -> Array:
+        """This tile of (N, F, OH, OW) as (images, F, windows), or of (N, OH, OW, F) as (windows, F): a view."""
+        OH, OW, lines = self.windows.OH, self.windows.OW, self.lines
+        if self.windows.axis == -1:
+            return array.reshape(-1, array.shape[-1])[self.line * OW : (self.line + lines) * OW]
+        image, line = divmod(self.line, OH)
+        images = array[image : image + -(-lines // OH)].reshape(-1, array.shape[1], OH * OW)
+        return images[:, :, line * OW : line * OW + min(lines, OH) * OW]
 
-    def rows(self, array: Array) -> Array:
-        """This tile of (N, F, OH, OW) or (N, OH, OW, F) as (windows, F): a view."""
-        OH, OW = self.windows.OH, self.windows.OW
-        image, line = (0, self.line) if self.windows.axis == -1 else divmod(self.line, OH)
-        places = slice(line * OW, (line + self.lines) * OW)
-        rows: Array = array.reshape(-1, array.shape[-1]) if self.windows.axis == -1 else array[image]
-        return rows[places] if self.windows.axis == -1 else rows.reshape(len(rows), -1)[:, places].T
+    def room(self) -> Array:
+        """For the values of all windows, as (images, values, windows) or (windows, values)."""
+        W = self.windows
+        columns: Array = self.scratch[: self.lines * W.OW * W.values]
+        if W.axis == -1:
+            return columns.reshape(-1, W.values)
+        return columns.reshape(-1, W.values, min(self.lines, W.OH) * W.OW)
 
     def gather(self, x: Array) -> Array:
-        """The windows of x as (windows, values of a window)."""
+        """The values of the windows of x, as `room`."""
         if self.windows.trivial:
-            return self.rows(x)
-        columns = self.columns()
-        _windows.exchange(x, columns, self.line, self.lines, self.windows.geometry, self.windows.axis == -1, False)
-        return columns if self.windows.axis == -1 else columns.T
+            return self.pixels(x)
+        columns = self.room()
+        self._exchange(x, columns, back=False)
+        return columns
 
-    def scatter(self, rows: Array, matrix: Array, dx: Array) -> None:
-        """Add ``rows @ matrix.T``, the gradients of windows, to the pixels of dx."""
+    def scatter(self, gradients: Array, matrix: Array, dx: Array) -> None:
+        """Add ``gradients @ matrix.T``, those of the values of windows, to the pixels of dx."""
         if self.windows.trivial:
-            np.matmul(rows, matrix.T, out=self.rows(dx))
+            self.multiply(gradients, matrix.T, self.pixels(dx))
             return
-        columns = self.columns()
-        np.matmul(rows, matrix.T, out=columns if self.windows.axis == -1 else columns.T)
-        _windows.exchange(dx, columns, self.line, self.lines, self.windows.geometry, self.windows.axis == -1, True)
+        columns = self.room()
+        self.multiply(gradients, matrix.T, columns)
+        self._exchange(dx, columns, back=True)
+
+    def _exchange(self, x: Array, columns: Array, *, back: bool) -> None:
+        channels_last = self.windows.axis == -1
+        _windows.exchange(x, columns.reshape(-1), self.line, self.lines, self.windows.geometry, channels_last, back)
+
+    def multiply(self, windows: Array, matrix: Array, out: Array) -> None:
+        """``windows @ matrix``, where windows are rows."""
+        if self.windows.axis == -1:
+            np.matmul(windows, matrix, out=out)
+        else:
+            np.matmul(matrix.T, windows, out=out)
+
+    def add(self, y: Array, bias: Array) -> None:
+        """The bias to each window."""
+        y += bias if self.windows.axis == -1 else bias[:, np.newaxis]
+
+    def sums(self, windows: Array, gradients: Array) -> tuple[Array, Array]:
+        """``windows.T @ gradients`` and the sum of the gradients, over all windows."""
+        if self.windows.axis == -1:
+            ones = np.ones(len(gradients), gradients.dtype)
+            return windows.T @ gradients, ones @ gradients  # a product is faster than a sum
+        return (windows @ gradients.transpose(0, 2, 1)).sum(axis=0), gradients.sum(axis=(0, 2))
 
 
 class Conv2d(Layer):
@@ -165,10 +194,10 @@ class Conv2d(Layer):
 
         def part(images: slice) -> None:
             for tile in windows.tiles(images, x.dtype):
-                rows = tile.rows(y)
-                np.matmul(tile.gather(x), matrix, out=rows)
+                pixels = tile.pixels(y)
+                tile.multiply(tile.gather(x), matrix, pixels)
                 if self.bias is not None:
-                    rows += self.bias
+                    tile.add(pixels, self.bias)
 
         for_each(part, len(x), y.size * len(matrix))
         return y
@@ -185,12 +214,12 @@ class Conv2d(Layer):
             if self.input_gradient:
                 dx[images] = 0
             for tile in windows.tiles(images, x.dtype):
-                rows = tile.rows(dy)
-                columns = tile.gather(x)
-                dmatrix += columns.T @ rows
-                dbias += np.ones(len(rows), x.dtype) @ rows  # the sum; a product is faster
+                gradients = tile.pixels(dy)
+                tile_dmatrix, tile_dbias = tile.sums(tile.gather(x), gradients)
+                dmatrix += tile_dmatrix
+                dbias += tile_dbias
                 if self.input_gradient:
-                    tile.scatter(rows, matrix, dx)
+                    tile.scatter(gradients, matrix, dx)
             sums[images.start] = dmatrix, dbias
 
         for_each(part, len(x), 2 * dy.size * len(matrix))
