@@ -15,8 +15,8 @@ WHEEL := $$(ls dist/fastbn-*.whl)
 SOURCES := setup.py pyproject.toml MANIFEST.in README.md LICENSE $(shell find src_c fastbn -type f \
 	! -path '*/__pycache__/*' ! -name '*.so' ! -name _build.json ! -name _core.c ! -name _windows.c)
 
-.PHONY: help demo test test-long test-arm test-cuda test-valgrind asan coverage accuracy lint format bench bench-cuda \
-	bench-quick develop clean
+.PHONY: help demo test test-long test-arm test-cuda test-valgrind test-tsan asan coverage accuracy lint format bench \
+	bench-cuda bench-quick develop clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -42,6 +42,9 @@ test-arm: $(VENV)/.venv  ## the kernels on aarch64, emulated by qemu: the bits t
 test-valgrind: $(VENV)/.venv  ## the kernels under valgrind: nothing depends on memory that nobody has written
 	$(PIP) install 'setuptools>=77'
 	$(BIN)/python tests/emulated.py valgrind
+
+test-tsan: $(VENV)/.test  ## the schedule under ThreadSanitizer: no two threads share what they must not
+	$(BIN)/python tests/races.py $(TSAN_TESTS)
 
 # The sanitizers' library must be loaded before Python; torch does not run under it, and leaks of Python are not ours.
 asan: $(VENV)/.test  ## the tests of kernels and arguments on a build with the address and undefined-behaviour sanitizers
@@ -112,7 +115,9 @@ clean:  ## remove all that make and builds have made
 
 ASAN_TESTS = $(addprefix tests/test_,$(addsuffix .py,forward backward bits guard_pages layouts inplace_and_out \
 	running_stats stats validation fuzz))
-LONG_TESTS = $(addprefix tests/test_,$(addsuffix .py,bits fuzz memory properties))
+TSAN_TESTS = $(addprefix $(CURDIR)/tests/test_,stats.py layouts.py bits.py::test_bits_of_a_drawn_call \
+	processes.py::test_many_python_threads_get_the_bits_of_one) -k 'not 500')
+LONG_TESTS = $(addprefix tests/test_,$(addsuffix .py,bits checkpoint fuzz memory processes properties))
 CUDA_TESTS = $(addprefix tests/test_,$(addsuffix .py,cuda cuda_plan cuda_machine_code cuda_device forward \
 	backward layouts inplace_and_out running_stats layers large))
 C_FILES = $(shell find src_c tests -name '*.[ch]' -o -name '*.inc')

@@ -1,21 +1,26 @@
 """Forks after use, and calls from many Python threads at once."""
 
 import itertools
-import multiprocessing
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fastbn
+from combinations import LONG
 from problems import assert_same_bits
 
-CHILDREN = 20
+FORKS = Path(__file__).with_name("forks.py")
+CHILDREN = 10_000 if LONG else 100  # of all orders together
+ORDERS = ("fastbn", "fastbn,torch", "torch,fastbn")
 SHAPE = (16, 24, 31, 17)
 
 
@@ -26,70 +31,19 @@ def work(threads, shape=SHAPE):
     return y, fastbn.batchnorm_backward(dy, cache, num_threads=threads).dx
 
 
-def child(expected, grandchildren=0):
-    """In a child: the same bits with threads; exit code 0 if so."""
-    for actual, wanted in zip(work(2), expected, strict=True):
-        assert_same_bits(actual, wanted)
-    if grandchildren:
-        join([start(child, expected) for _ in range(grandchildren)])
-
-
-def start(target, *arguments):
-    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
-    process.start()
-    return process
-
-
-def join(processes):
-    for process in processes:
-        process.join(60)
-        hung = process.exitcode is None
-        if hung:
-            process.kill()
-        assert not hung, "a forked child hangs"
-        assert process.exitcode == 0
-
-
-def test_forked_children_work_with_threads():
-    expected = work(2)
-    for _ in range(CHILDREN):
-        join([start(child, expected)])
-    assert_same_bits(work(2)[0], expected[0])
-
-
-def test_children_of_children():
-    expected = work(2)
-    join([start(child, expected, 2) for _ in range(3)])
-
-
-def test_fork_from_another_thread_while_calls_run():
-    """Some threads call, one forks."""
-    expected = work(2)
-    stop = threading.Event()
-
-    def call():
-        while not stop.is_set():
-            work(2)
-
-    callers = [threading.Thread(target=call) for _ in range(2)]
-    for caller in callers:
-        caller.start()
-    failures = []
-
-    def fork():
-        try:
-            for _ in range(5):
-                join([start(child, expected)])
-        except AssertionError as error:
-            failures.append(error)
-
-    forker = threading.Thread(target=fork)
-    forker.start()
-    forker.join()
-    stop.set()
-    for caller in callers:
-        caller.join()
-    assert not failures
+@pytest.mark.timeout(4 * 3600 if LONG else 600)
+@pytest.mark.parametrize("libraries", ORDERS)
+def test_forked_children_work_with_threads(libraries, record_property):
+    """Plain and nested forks, from a thread while others call, of a Pool and of PyTorch's DataLoader, whose OpenMP is
+    ours: whichever library is imported first, every child gets the same bits and none hangs."""
+    if "torch" in libraries:
+        pytest.importorskip("torch")
+    command = [sys.executable, FORKS, libraries, str(-(-CHILDREN // len(ORDERS)))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    record_property("hangs", int("hangs" in done.stderr))
+    assert done.returncode == 0, done.stderr
+    record_property("forks", int(done.stdout))
+    assert int(done.stdout) >= CHILDREN // len(ORDERS)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +110,111 @@ while True:
         process.kill()
     assert process.returncode == -signal.SIGINT
     assert errors.splitlines()[-1] == "KeyboardInterrupt"
+
+
+REGION = """
+#include <omp.h>
+void region(int threads, void (*call)(int))
+{
+#pragma omp parallel num_threads(threads)
+    call(omp_get_thread_num());
+}
+"""
+CALLS_IN_A_REGION = """
+import ctypes, json, os, sys
+import numpy as np, fastbn
+x = np.ones((64, 64, 32, 32), "f4")
+expected = fastbn.batchnorm(x, num_threads=1)
+seen = []
+def tasks():
+    return len(os.listdir("/proc/self/task"))
+def call(thread):
+    threads, same = fastbn.get_num_threads(), (fastbn.batchnorm(x, num_threads=asked) == expected).all()
+    seen.append((threads, bool(same), tasks()))
+region = ctypes.CDLL(sys.argv[1]).region
+asked = None
+print(fastbn.get_num_threads(), tasks())
+region(2, ctypes.CFUNCTYPE(None, ctypes.c_int)(call))
+asked = 3
+region(2, ctypes.CFUNCTYPE(None, ctypes.c_int)(call))
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.skipif(not fastbn._core.OPENMP, reason="built without OpenMP")
+def test_calls_inside_a_parallel_region_start_no_threads(tmp_path):
+    """Two threads of a C program's region call, where OpenMP would let each start a team of its own (and does, if the
+    call asks for it)."""
+    compiler = fastbn._core.COMPILER.split()[0]
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}, whose OpenMP the library uses")
+    (tmp_path / "region.c").write_text(REGION)
+    library = tmp_path / "region.so"
+    subprocess.run([compiler, "-fopenmp", "-shared", "-fPIC", tmp_path / "region.c", "-o", library], check=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "4", "OMP_MAX_ACTIVE_LEVELS": "4", "OPENBLAS_NUM_THREADS": "1"}
+    environment.pop("FASTBN_NUM_THREADS", None)
+    command = [sys.executable, "-c", CALLS_IN_A_REGION, library]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    before, seen = done.stdout.splitlines()
+    threads, tasks = map(int, before.split())
+    assert threads == 4
+    seen = json.loads(seen)
+    assert [(threads, same) for threads, same, _ in seen] == [(1, True)] * 4
+    assert max(count for *_, count in seen[:2]) <= tasks + 1  # the second thread of the region
+    assert max(count for *_, count in seen[2:]) >= tasks + 3  # at least one team of three
+
+
+# A real control group -------------------------------------------------------------------------------------------------
+
+
+def cpu_mounts():
+    """(where, file of the quota) of each hierarchy of control groups that may limit CPU time, in both versions."""
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, mount, kind, options, *_ = line.split()
+        if kind == "cgroup2":
+            yield Path(mount), "cpu.max"
+        if kind == "cgroup" and "cpu" in options.split(","):
+            yield Path(mount), "cpu.cfs_quota_us"
+
+
+@pytest.fixture(params=("the group itself", "the group around it"))
+def enter_quota(request):
+    """What a child calls to enter a group with CPU time for one processor. Skipped where none can be made."""
+    refusals = []
+    for mount, quota in cpu_mounts():
+        outer = mount / f"fastbn-test-{os.getpid()}"
+        inner = outer / "inner"
+        try:
+            inner.mkdir(parents=True)
+            limited = inner if request.param == "the group itself" else outer
+            (limited / quota).write_text("100000")  # microseconds of each 100,000
+
+            def enter(members=inner / "cgroup.procs"):
+                members.write_text("0")  # the process that writes
+
+            subprocess.run(["true"], preexec_fn=enter, check=True)
+            yield enter
+            return
+        except (OSError, subprocess.SubprocessError) as error:
+            refusals.append(f"{mount}: {error}")
+        finally:
+            for group in (inner, outer):
+                if group.exists():
+                    group.rmdir()
+    pytest.skip("; ".join(refusals) or "no control groups for CPU time are mounted")
+
+
+def test_quota_of_a_real_control_group_is_honoured(enter_quota):
+    if fastbn.runtime._affinity() < 2:
+        pytest.skip("one processor: a quota changes nothing")
+    code = "import fastbn; print(*fastbn.runtime._default_threads(), sep=', ')"
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("FASTBN_", "OMP_"))}
+    options = {"env": clean, "capture_output": True, "text": True, "check": True}
+    free = subprocess.run([sys.executable, "-c", code], **options)
+    limited = subprocess.run([sys.executable, "-c", code], preexec_fn=enter_quota, **options)
+    assert int(free.stdout.split(",")[0]) == fastbn.runtime._available_cpus()[1] > 1
+    expected = "1, cgroup quota" if fastbn._core.OPENMP else "1, built without OpenMP"
+    assert limited.stdout.strip() == expected
 
 
 def test_threadpoolctl_sees_our_threads():

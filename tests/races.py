@@ -1,0 +1,82 @@
+"""The schedule under ThreadSanitizer: `make test-tsan`, whose arguments are those of pytest.
+
+Compiles the library with it into build/tsan, and tests/openmp.c, which stands in for OpenMP. Two defects that a
+schedule could have must be found in each way to share the work; then the tests must pass without a report. Ends with a
+message, and without an error, where gcc has no ThreadSanitizer: nothing is installed from here.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = ROOT / "build" / "tsan"
+FOUND = 66  # the exit status after a report
+# What the main thread hands to a region lies on its stack, and is the compiler's: it is not what "early" must find.
+SUPPRESSED = "race_top:_omp_fn\n"
+
+# shape of x, axis of the channels, step along the last axis
+WAYS = {
+    "groups of channels": ((8, 64, 14, 14), 1, 1),
+    "blocks of channels": ((64, 3, 64, 64), 1, 1),
+    "rows of all channels": ((64, 56, 56, 24), 3, 1),
+    "packed blocks": ((64, 3, 64, 128), 1, 2),
+}
+CALLS = """
+import sys, numpy, fastbn
+shape, axis, step = map(eval, sys.argv[1:])
+x = numpy.random.default_rng(0).standard_normal(shape, "f4")[..., ::step]
+for _ in range(3):
+    y, cache = fastbn.batchnorm_forward(x, axis=axis, activation="relu", num_threads=4)
+    fastbn.batchnorm_backward(y, cache, num_threads=4)
+"""
+
+
+def run(openmp: Path, library: str, race: str, command: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command of Python with both libraries loaded first; the first report ends it. It starts in a folder of its own:
+    Python would find the package of the source tree."""
+    suppressions = openmp.with_name("suppressions")
+    suppressions.write_text(SUPPRESSED if race else "")
+    options = f"halt_on_error=1 exitcode={FOUND} suppressions={suppressions}"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(TARGET),
+        "LD_PRELOAD": f"{library} {openmp}",
+        "TSAN_OPTIONS": options,
+        "RACE": race,
+    }
+    capture = subprocess.PIPE if race else None
+    return subprocess.run(
+        [sys.executable, *command], cwd=openmp.parent, env=environment, stdout=capture, stderr=capture, text=True
+    )
+
+
+def main(arguments: list[str]) -> int:
+    found = subprocess.run(["gcc", "-print-file-name=libtsan.so"], stdout=subprocess.PIPE, text=True, check=False)
+    library = found.stdout.strip()
+    if not os.path.isabs(library):  # a library that gcc does not find is printed as it came
+        print("fastbn: test-tsan is skipped: gcc has no libtsan.so")
+        return 0
+    install = [sys.executable, "-m", "pip", "--quiet", "install", "--upgrade", "--no-deps", "--target", str(TARGET)]
+    environment = {**os.environ, "CC": "gcc", "FASTBN_SANITIZE": "thread"}
+    subprocess.run([*install, str(ROOT)], env=environment, check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        openmp = Path(folder, "openmp.so")
+        flags = ["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread"]
+        subprocess.run(["gcc", *flags, str(ROOT / "tests" / "openmp.c"), "-o", str(openmp)], check=True)
+        missed = 0
+        for race in ("twice", "early"):
+            for way, call in WAYS.items():
+                done = run(openmp, library, race, ["-c", CALLS, *map(repr, call)])
+                reports = [line for line in done.stderr.splitlines() if line.startswith("SUMMARY: ThreadSanitizer: ")]
+                missed += not (done.returncode == FOUND and reports)
+                print(f"fastbn: test-tsan: {race}, {way}: {reports or f'NOT FOUND {done.stderr}'}", flush=True)
+        if missed:
+            return 1
+        return run(openmp, library, "", ["-m", "pytest", "-p", "no:cacheprovider", *arguments]).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
