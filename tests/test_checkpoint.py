@@ -1,14 +1,22 @@
 """Checkpoints: exact resume, interruption, atomic writing, damaged files."""
 
+import contextlib
 import functools
+import itertools
+import json
+import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from combinations import LONG
 from fastbn import cli, nn
 from fastbn.cli.train import DEFAULTS
 from fastbn.nn import checkpoint
@@ -19,6 +27,7 @@ pytest.importorskip("tqdm")
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
 TIMING = "images_per_second"
+KILLS = 200 if LONG else 20
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +184,69 @@ def test_failure_while_writing_keeps_the_old_file(tmp_path, monkeypatch, functio
     assert os.listdir(tmp_path) == [path.name]
 
 
+def save_until_killed(path, pipe):
+    """Epoch after epoch, each parameter its number."""
+    state = start()
+    parameters = state[0].state_dict()
+    for epoch in itertools.count(1):
+        state[0].load_state_dict({name: np.full_like(x, epoch) for name, x in parameters.items()})
+        checkpoint.save(path, *state, [{"epoch": epoch}])
+        pipe.send(epoch)
+
+
+def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, record_property):
+    """SIGKILL, which nothing can catch. What the killed left is removed by the next to save."""
+    path = tmp_path / "state"
+    rng = np.random.default_rng()
+    left = 0
+    for _ in range(KILLS):
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        child = multiprocessing.get_context("fork").Process(target=save_until_killed, args=(path, sender))
+        child.start()
+        sender.close()
+        assert receiver.poll(120), "nothing saved"
+        time.sleep(rng.uniform(0, 0.03))
+        child.kill()
+        child.join()
+        saved = 0
+        with contextlib.suppress(EOFError):
+            while True:
+                saved = receiver.recv()
+        content = checkpoint.load(path)
+        (epoch,) = content.history
+        assert epoch["epoch"] in (saved, saved + 1)  # killed after the file was there and before it was reported
+        assert all((x == epoch["epoch"]).all() for name, x in content.tensors.items() if name.startswith("model."))
+        content.restore(*start())
+        left += len(os.listdir(tmp_path)) == 2
+        assert len(os.listdir(tmp_path)) <= 2
+    checkpoint.save(path, *start(), [])
+    assert os.listdir(tmp_path) == [path.name]
+    record_property("kills", KILLS)
+    record_property("kills in the middle of a save", left)
+    assert left > KILLS // 20, "no save was interrupted: nothing has been tested"
+
+
+def test_writing_removes_what_the_dead_left_and_nothing_else(tmp_path):
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    kept = [f".state.{os.getppid()}.tmp", ".state.txt.tmp", f".other.{dead.pid}.tmp", f".state.{10**30}.tmp"]
+    for name in (*kept, f".state.{dead.pid}.tmp"):
+        (tmp_path / name).touch()
+    checkpoint.write_atomically(tmp_path / "state", b"content")
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "state"])
+
+
+@pytest.mark.parametrize("content", [False, True], ids=("empty", "full"))
+def test_writing_does_not_replace_a_folder(tmp_path, content):
+    path = tmp_path / "state"
+    path.mkdir()
+    if content:
+        (path / "file").touch()
+    with pytest.raises(OSError):
+        checkpoint.save(path, *start(), [])
+    assert os.listdir(tmp_path) == [path.name] and os.listdir(path) == ["file"] * content
+
+
 def test_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     def fail(*args):
         raise OSError(28, "No space left on device")
@@ -203,13 +275,30 @@ def without_metadata(content):
     return safetensors_numpy.save(safetensors_numpy.load(content))
 
 
-def of_version_3(content):
-    """A sound file, of a later format."""
-    tensors = safetensors_numpy.load(content)
-    text = '{"version": 3}'
+def forged(content, change=lambda parts: None, text=None, tensors=()):
+    """A file with a right checksum: its parts changed, or other text in their place, and other tensors."""
+    tensors = {**safetensors_numpy.load(content), **dict(tensors)}
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    parts = json.loads(header["__metadata__"]["fastbn"])
+    change(parts)
+    text = text or json.dumps(parts)
     return safetensors_numpy.save(tensors, metadata={"fastbn": text, "crc32": str(checkpoint.checksum(tensors, text))})
 
 
+def declared(dtype, shape, size):
+    """A file with nothing but one tensor."""
+    header = json.dumps({"model.x": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(size)
+
+
+class Bomb:
+    """Pickled, it creates a file where it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+FOREIGN = "not a checkpoint of fastbn"
 DAMAGES = {
     "empty": (lambda content: b"", "damaged, or not a safetensors file"),
     "text": (lambda content: b"epoch 1\nepoch 2\n" * 100, "damaged, or not a safetensors file"),
@@ -220,8 +309,25 @@ DAMAGES = {
     "header-size": (lambda content: b"\xff" * 8 + content[8:], "damaged, or not a safetensors file"),
     "flipped-tensor-bit": (lambda content: flipped(content, -1000), "damaged (wrong checksum)"),
     "flipped-loss": (lambda content: flipped(content, content.index(b"1.5")), "damaged (wrong checksum)"),
-    "foreign": (without_metadata, "not a checkpoint of fastbn"),
-    "later-version": (of_version_3, "written by another version of fastbn"),
+    "foreign": (without_metadata, FOREIGN),
+    "later-version": (
+        lambda content: forged(content, lambda parts: parts.update(version=3)),
+        "written by another version of fastbn",
+    ),
+    "pickle": (lambda content: pickle.dumps([Bomb(), content]), "damaged, or not a safetensors file"),
+    "pickle-in-parts": (lambda content: forged(content, text=pickle.dumps(Bomb(), 0).decode()), FOREIGN),
+    "tensor-of-a-terabyte": (lambda content: declared("F32", [1 << 38], 4), "damaged, or not a safetensors file"),
+    "tensor-past-64-bits": (lambda content: declared("F32", [1 << 32, 1 << 32], 0), "damaged, or not a safetensors"),
+    "negative-extent": (lambda content: declared("F32", [-1], 4), "damaged, or not a safetensors file"),
+    "dtype-unknown-to-numpy": (lambda content: declared("F8_E4M3", [4], 4), FOREIGN),
+    "no-json": (lambda content: forged(content, text="nonsense"), FOREIGN),
+    "json-too-deep": (lambda content: forged(content, text="[" * 100_000), FOREIGN),
+    "no-object": (lambda content: forged(content, text="[1, 2]"), FOREIGN),
+    "no-version": (lambda content: forged(content, text="{}"), FOREIGN),
+    "part-missing": (lambda content: forged(content, lambda parts: parts.pop("history")), FOREIGN),
+    "part-too-many": (lambda content: forged(content, lambda parts: parts.update(path="/etc/passwd")), FOREIGN),
+    "no-list": (lambda content: forged(content, lambda parts: parts.update(history=3)), FOREIGN),
+    "no-epochs": (lambda content: forged(content, lambda parts: parts.update(history=["one"])), FOREIGN),
 }
 
 
@@ -246,6 +352,40 @@ def test_damaged_file_is_one_clear_line(sound, tmp_path, capsys, name):
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.count("\n") == 1 and output.err.startswith(f"fastbn train: {path}: ")
+    assert not Path("exploded").exists()
+
+
+STATE = {"state": -1, "inc": 1 << 200}
+UNFIT = {
+    "shape": lambda content: forged(content, tensors={"model.0.weight": np.ones((3, 3), "f4")}),
+    "shape-of-the-optimizer": lambda content: forged(content, tensors={"optimizer.velocity.0": np.ones((3, 3), "f4")}),
+    "name-with-a-path": lambda content: forged(content, tensors={"model.../../../x": np.ones(3, "f4")}),
+    "no-generator": lambda content: forged(content, lambda parts: parts.update(rng_states=[])),
+    "numbers-of-a-generator": lambda content: forged(content, lambda parts: parts["rng_states"][0].update(state=STATE)),
+    "another-generator": lambda content: forged(
+        content, lambda parts: parts["rng_states"][0].update(bit_generator="x")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_checkpoint_that_does_not_fit_is_one_clear_line(sound, tmp_path, capsys, name):
+    path = tmp_path / "state"
+    path.write_bytes(UNFIT[name](sound))
+    with pytest.raises(checkpoint.CheckpointError, match="does not fit this model: "):
+        checkpoint.load(path).restore(*start())
+    assert cli.main(["train", "--resume", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith(f"fastbn train: {path}: does not fit this model: ")
+
+
+@pytest.mark.parametrize("change", [{"model": "x"}, {"lr": "fast"}, {"epochs": None}, {"checkpoint": "/etc/passwd"}])
+def test_checkpoint_with_a_configuration_of_others_is_one_clear_line(sound, tmp_path, capsys, change):
+    path = tmp_path / "state"
+    path.write_bytes(forged(sound, lambda parts: parts["config"].update(change)))
+    assert cli.main(["train", "--resume", str(path)]) == 2
+    ((name, value),) = change.items()
+    assert capsys.readouterr().err == f"fastbn train: {path}: not of this command: {name} = {value!r}\n"
 
 
 def test_every_cut_and_every_flipped_byte_is_found(sound, tmp_path):
@@ -259,7 +399,8 @@ def test_every_cut_and_every_flipped_byte_is_found(sound, tmp_path):
 
 
 def test_unreadable_paths_are_one_clear_line(tmp_path):
-    for path in (tmp_path / "missing", tmp_path, tmp_path / "missing" / "state"):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "missing", tmp_path, tmp_path / "missing" / "state", tmp_path / "pipe"):
         with pytest.raises(checkpoint.CheckpointError, match="cannot be read: "):
             checkpoint.load(path)
 

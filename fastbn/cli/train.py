@@ -97,6 +97,14 @@ def require_extra(args: argparse.Namespace) -> None:
         raise UsageError(f"not installed: {', '.join(missing)}; the command is: pip install 'fastbn[train]'")
 
 
+def check_config(path: Path, config: dict[str, Any]) -> None:
+    """CheckpointError if it is none that this command has saved: another program may have written the file."""
+    tables = {"model": nn.MODELS, "layout": ("NCHW", "NHWC"), "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+    for name, value in config.items():
+        if type(value) is not type(DEFAULTS.get(name)) or value not in tables.get(name, [value]):
+            raise nn.CheckpointError(f"{path}: not of this command: {name} = {value!r}")
+
+
 def resolve(args: argparse.Namespace) -> tuple[dict[str, Any], checkpoint.Checkpoint | None]:
     """The configuration (given on the command line, else saved in the checkpoint, else default) and the checkpoint."""
     given = {name: value for name in DEFAULTS if (value := getattr(args, name)) is not None}
@@ -107,6 +115,7 @@ def resolve(args: argparse.Namespace) -> tuple[dict[str, Any], checkpoint.Checkp
     if args.resume is None:
         return DEFAULTS | given, None
     saved = checkpoint.load(args.resume)
+    check_config(args.resume, saved.config)
     for name, value in given.items():
         if name == "epochs" and (saved.config.get("schedule") == "constant" or value == saved.config.get(name)):
             continue

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ class Checkpoint:
                 )
             for generator, state in zip(generators(model, rng), self.rng_states, strict=True):
                 generator.bit_generator.state = state
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise CheckpointError(f"{self.path}: does not fit this model: {error}") from error
 
 
@@ -52,6 +54,7 @@ def generators(model: LayerLike, rng: np.random.Generator) -> list[np.random.Gen
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file so that `path` holds the old content or the new one whatever happens, never a part."""
     path = Path(path).resolve()  # a link stays a link
+    remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same directory: os.replace needs one file system
     try:
         with open(temporary, "wb") as file:
@@ -61,6 +64,16 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """What writers of this file left that were killed: each has the number of its process in its name."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError, ValueError, OverflowError):
+            try:
+                os.kill(int(leftover.name.split(".")[-2]), 0)  # sends nothing
+            except ProcessLookupError:
+                leftover.unlink()
 
 
 def checksum(tensors: State, text: str) -> int:
@@ -95,6 +108,8 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
+    if path.exists() and not path.is_file():  # to open a pipe would wait for a writer
+        raise CheckpointError(f"{path}: cannot be read: not a regular file")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -103,12 +118,23 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
         raise CheckpointError(f"{path}: damaged, or not a safetensors file ({error})") from error
+    except (AttributeError, TypeError) as error:  # of NumPy, about the dtype of a tensor
+        raise CheckpointError(f"{path}: not a checkpoint of fastbn ({error})") from error
     text = metadata.get("fastbn")
     if text is None:
         raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of fastbn")
     if metadata.get("crc32") != str(checksum(tensors, text)):
         raise CheckpointError(f"{path}: damaged (wrong checksum)")
-    content = json.loads(text)
-    if content.pop("version") != VERSION:
+    try:
+        content = json.loads(text)
+        version = content.pop("version")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint of fastbn ({error})") from error
+    if version != VERSION:
         raise CheckpointError(f"{path}: written by another version of fastbn")
+    kinds = {"rng_states": list, "history": list, "config": dict}
+    if {name: type(value) for name, value in content.items()} != kinds or not all(
+        isinstance(entry, dict) for entry in content["rng_states"] + content["history"]
+    ):
+        raise CheckpointError(f"{path}: not a checkpoint of fastbn (its parts are not those of one)")
     return Checkpoint(path, tensors, **content)
