@@ -5,8 +5,10 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,59 @@ def test_build_broken_compiler_is_one_message(setup_script, tmp_path):
     assert "fastbn: no working C compiler: `/bin/false`" in done.stderr
     assert "Install gcc or clang" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def probe_with_compiler(setup_script, monkeypatch, tmp_path, refused):
+    """What the build finds out about a compiler that refuses whatever has this text in it."""
+    compiler = tmp_path / "cc"
+    real = shutil.which(RECORD["compiler"].split()[0])
+    if real is None:
+        pytest.skip("the compiler of this build is not here")
+    compiler.write_text(f"""#!/bin/sh
+for argument; do
+    if [ "$argument" = "{refused}" ] || grep -q -s -e "{refused}" -- "$argument"; then
+        echo "probe.c:1: error: no {refused} here" >&2
+        exit 1
+    fi
+done
+exec {real} "$@"
+""")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.chdir(ROOT)
+    facts = []
+    monkeypatch.setattr(setup_script, "NO_OPENMP", False)
+    monkeypatch.setattr(setup_script.BuildCore, "build_extensions", lambda build: facts.append(build.probe()))
+    from setuptools import Distribution, Extension
+
+    command = setup_script.BuildCore(Distribution({"ext_modules": [Extension("fastbn._core", ["fastbn/_core.pyx"])]}))
+    command.build_lib = command.build_temp = str(tmp_path)
+    command.ensure_finalized()
+    command.run()
+    return facts[0]
+
+
+def test_build_without_openmp_says_so_and_goes_on(setup_script, monkeypatch, tmp_path, capsys):
+    facts = probe_with_compiler(setup_script, monkeypatch, tmp_path, "-fopenmp")
+    reason = "probe.c:1: error: no -fopenmp here"
+    assert capsys.readouterr().err == f"fastbn: built without OpenMP, every call will use one thread: {reason}\n"
+    assert facts["openmp"] is None and facts["openmp_missing"] == reason
+
+
+def test_build_without_the_headers_of_python_is_one_message(setup_script, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match=r"does not find Python\.h: install .*python3-dev"):
+        probe_with_compiler(setup_script, monkeypatch, tmp_path, "Python.h")
+
+
+def test_build_declares_no_free_threading():
+    """Without the declaration a free-threaded Python turns its lock on when it imports the extensions, with a warning.
+    Nothing here is tested without the lock, so nothing may say that it works."""
+    sources = [ROOT / "setup.py", *(ROOT / "fastbn").rglob("*.py[xi]"), *(ROOT / "fastbn").rglob("*.pxi")]
+    assert len(sources) > 5
+    assert [source.name for source in sources if "freethreading" in source.read_text()] == []
+    assert "Free Threading" not in (ROOT / "pyproject.toml").read_text()
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        assert sys._is_gil_enabled()
 
 
 def test_build_numpy_floor_is_stated_once():
