@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
     subprocess.run([*install, str(ROOT)], env=environment, check=True)
     with tempfile.TemporaryDirectory() as folder:
         openmp = Path(folder, "openmp.so")
-        flags = ["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread"]
+        flags = ["-std=gnu11", "-O1", "-Wall", "-Wextra", "-fPIC", "-shared", "-pthread"]
         subprocess.run(["gcc", *flags, str(ROOT / "tests" / "openmp.c"), "-o", str(openmp)], check=True)
         missed = 0
         for race in ("twice", "early"):
