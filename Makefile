@@ -64,11 +64,12 @@ coverage: $(VENV)/.test  ## the lines of C kernels and of Python that the tests 
 	FASTBN_DEBUG=1 CFLAGS=--coverage LDFLAGS=--coverage $(PIP) install --upgrade --no-deps --target build/coverage .
 	rm -rf build/lib.*
 	PYTHONPATH=$(CURDIR)/build/coverage $(BIN)/pytest $(PYTEST) --cov=build/coverage/fastbn --cov-report=term-missing \
-	--cov-fail-under=95 --ignore tests/test_build.py --ignore tests/test_machine_code.py \
+	--cov-report=json:build/coverage/python.json --cov-fail-under=95 --ignore tests/test_build.py --ignore tests/test_machine_code.py \
 	--deselect tests/test_memory.py::test_memory_results_copy_pickle_and_resize_as_arrays_do \
 	--deselect tests/test_running_stats.py::test_running_statistics_are_whole_after_every_interrupt
 	rm build/temp.*/_*.gc* $(OTHER_ISAS:%=build/temp.*/isa_%.gc*)
-	$(BIN)/gcovr --root . --filter src_c/ --merge-lines --fail-under-line 95 build/temp.*
+	$(BIN)/gcovr --root . --filter src_c/ --merge-lines --fail-under-line 95 \
+	--txt - --json-summary build/coverage/c.json build/temp.*
 
 accuracy: $(VENV)/.test  ## errors of fastbn, PyTorch, NumPy and JAX against exact arithmetic, into docs/numerics.md
 	$(PIP) install jax || echo "fastbn: no jax: it will be missing in the tables"
