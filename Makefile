@@ -1,6 +1,7 @@
 # The two commands for a newcomer are `make demo` and `make test`. Everything is installed into .venv and nowhere else.
 #   PYTHON=python3.12   the interpreter of .venv (3.10 or later)
 #   PYTEST="-n 2"       arguments of pytest
+#   PARTS=coverage      what `make test-long` runs: files of tests, asan, coverage
 #   PEERS=              test without PyTorch. The default is the plain package, which on some machines brings CUDA
 #                       along (gigabytes): there, install a CPU-only torch of this version into .venv beforehand.
 
@@ -31,8 +32,9 @@ test: export FASTBN_WERROR ?= 1
 test: $(VENV)/.test  ## build the sdist, the wheel from it, and run all tests on the installed wheel
 	FASTBN_TEST_WHEEL=1 $(BIN)/pytest $(PYTEST)
 
-test-long: $(VENV)/.test  ## the tests that draw their cases at random, a hundred times as many (about half an hour)
-	FASTBN_TEST_WHEEL=1 FASTBN_TEST_LONG=1 $(BIN)/pytest $(PYTEST) $(LONG_TESTS)
+test-long: export PYTEST := $(PYTEST)
+test-long: $(VENV)/.test  ## a hundred times as many cases, also under ASan (about two hours); into docs/reliability.md
+	$(BIN)/python tests/long.py $(PARTS)
 
 # setup.py, which knows how kernels are compiled, needs setuptools.
 test-arm: $(VENV)/.venv  ## the kernels on aarch64, emulated by qemu: the bits that they give here
@@ -50,7 +52,7 @@ test-tsan: $(VENV)/.test  ## the schedule under ThreadSanitizer: no two threads 
 asan: $(VENV)/.test  ## the tests of kernels and arguments on a build with the address and undefined-behaviour sanitizers
 	FASTBN_SANITIZE=address,undefined $(PIP) install --upgrade --no-deps --target build/asan .
 	PYTHONPATH=build/asan LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=halt_on_error=1 $(BIN)/pytest -n 2 $(ASAN_TESTS)
+	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=halt_on_error=1 $(BIN)/pytest $(PYTEST) $(ASAN_TESTS)
 
 # Counts at -O1, where a line is a line: without the tests of the machine code that is installed. Nor do two tests bear
 # Python's tracer: it refers to arrays that are to be resized, and an interrupt may reach it while it holds its lock.
@@ -119,7 +121,8 @@ ASAN_TESTS = $(addprefix tests/test_,$(addsuffix .py,forward backward bits guard
 # Not one test whose threads wait for each other, nor the one that takes longest.
 TSAN_TESTS = $(addprefix $(CURDIR)/tests/test_,stats.py layouts.py nn_windows.py bits.py::test_bits_of_a_drawn_call \
 	processes.py::test_many_python_threads_get_the_bits_of_one) -k 'not several_threads and not 500-1'
-LONG_TESTS = $(addprefix tests/test_,$(addsuffix .py,bits checkpoint fuzz memory processes properties))
+LONG_TESTS = $(addprefix tests/test_,$(addsuffix .py,exact bits fuzz properties memory processes checkpoint))
+PARTS = $(LONG_TESTS) asan
 CUDA_TESTS = $(addprefix tests/test_,$(addsuffix .py,cuda cuda_plan cuda_machine_code cuda_device forward \
 	backward layouts inplace_and_out running_stats layers large))
 C_FILES = $(shell find src_c tests -name '*.[ch]' -o -name '*.inc')

@@ -3,13 +3,18 @@
 import doctest
 import importlib
 import inspect
+import json
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import fastbn
+import long
+from pages import generated
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -56,6 +61,41 @@ def test_docs_named_tests_exist():
     promises = re.findall(r"^\| (?!promise)([^|]+) \| ([^|]*) \|$", pages["reliability.md"], re.M)
     assert len(promises) > 30
     assert [promise for promise, tests in promises if "::test_" not in tests and "make " not in tests] == []
+
+
+@pytest.mark.parametrize("name", long.SECTIONS)
+def test_docs_long_run_is_what_its_result_says(name):
+    results = json.loads(long.RESULTS.read_text())
+    assert generated(long.PAGE.read_text(), name).strip() == long.SECTIONS[name](results)
+
+
+def test_docs_long_run_was_good():
+    results = json.loads(long.RESULTS.read_text())
+    tests = re.search(r"^LONG_TESTS = .*addsuffix .py,(.*)\)\)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    assert set(results) <= {*tests, *long.TARGETS}
+    assert [name for name, of in results.items() if of["failed"] or not of["passed"]] == []
+    promised = {("exact", "cases"): 100_000, ("fuzz", "calls"): 10**6, ("asan", "calls"): 10**6}
+    for (name, figure), least in promised.items():
+        assert name not in results or results[name]["figures"][figure] >= least
+
+
+def test_docs_long_run_reads_what_pytest_leaves(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n\n"
+        "@pytest.mark.parametrize('n', [1, 5, 3])\n"
+        "def test_it(n, record_property):\n"
+        "    record_property('cases', n)\n"
+        "    record_property('largest', n)\n"
+        "    record_property('largest growth', n)\n"
+        "    assert n < 4\n\n"
+        "def test_other():\n"
+        "    pytest.skip('here')\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml=some.xml", "-o"]
+    subprocess.run([*command, "junit_family=xunit1"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    entry = long.entry(tmp_path / "some.xml")
+    assert (entry["passed"], entry["failed"], entry["skipped"]) == (2, 1, 1)
+    assert entry["figures"] == {"cases": 9, "largest": 9, "largest growth": 5}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -297,20 +297,19 @@ def test_exact_cases_span_every_axis():
     assert len(set(EXACT_SHAPES)) == len(EXACT_SHAPES) >= 40 and number >= 5000
 
 
+@pytest.mark.parametrize("seed", range(ROUNDS))
 @pytest.mark.parametrize("shape", EXACT_SHAPES, ids=shape_id)
-def test_exact_cases(shape, record_property):
-    number = exact = 0
-    for seed in range(ROUNDS):
-        problem = Problem(shape, seed)
-        for case in cases(shape, seed):
-            try:
-                exact += check(problem, case)
-            except Exception as error:
-                raise AssertionError(f"check(Problem({shape}, {seed}), {case})") from error
-            number += 1
-    record_property("cases", number)
+def test_exact_cases(shape, seed, record_property):
+    problem = Problem(shape, seed)
+    exact = 0
+    for case in cases(shape, seed):
+        try:
+            exact += check(problem, case)
+        except Exception as error:
+            raise AssertionError(f"check(Problem({shape}, {seed}), {case})") from error
+    record_property("cases", CASES)
     record_property("compared without tolerance", exact)
-    assert exact > number / 3
+    assert exact > CASES / 3
 
 
 @pytest.mark.parametrize("direction", AXES["direction"])
