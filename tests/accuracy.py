@@ -8,7 +8,6 @@ those: its own error is far below what a table shows.
 
 import argparse
 import platform
-import re
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -19,24 +18,27 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 import fastbn
+from pages import replaced
 from problems import HOSTILE, dtype_of, exact_statistics, finfo, ulp
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "numerics.md"
 QUANTITIES = ("mean", "var", "y", "dx", "dgamma")
 EPS = 1e-5
 CHANNELS = 4
+CHUNK = 1 << 20  # rows that are compared at once: 80-bit arrays of all of them would need gigabytes
 Long = np.longdouble
 Errors: TypeAlias = dict[str, float | None]  # by quantity
 
 
 class Case(NamedTuple):
-    """Values of shape (count, CHANNELS), made from normal ones."""
+    """Values of shape (count, channels), made from normal ones."""
 
     name: str
     count: int
     make: Callable[[Any], Any]
     dtype: str = "float32"
     dy_offset: float = 0.0
+    channels: int = CHANNELS
 
 
 def hostile(name: str, dtype: str = "float32") -> Callable[[Any], Any]:
@@ -50,6 +52,7 @@ def offset(ratio: float) -> Callable[[Any], Any]:
 CASES = [
     *(Case(f"mean = {ratio:g} std", 1 << 14, offset(ratio)) for ratio in (0.0, 1.0, 1e2, 1e4, 1e6)),
     *(Case(f"2^{power} values, mean = 10 std", 1 << power, offset(10.0)) for power in (1, 10, 18, 22)),
+    Case("2^26 values, mean = 10 std", 1 << 26, offset(10.0), channels=1),
     Case("first value 1e6", 1 << 14, hostile("outlier-first")),
     Case("all values 0.1", 1 << 14, hostile("constant")),
     Case("values of 1e37", 1 << 14, hostile("huge-1e37")),
@@ -105,7 +108,8 @@ def by_torch(x: Any, dy: Any, gamma: Any, beta: Any, planar: bool) -> Results:
     y = torch.nn.functional.batch_norm(values, mean, var, *parameters, training=True, momentum=1.0, eps=EPS)
     y.backward(images(dy))
     n = len(x)
-    y, dx = (a.detach()[0, :, :, 0].T.to(torch.float64).numpy() for a in (y, values.grad))
+    wide = torch.promote_types(y.dtype, torch.float32)
+    y, dx = (a.detach()[0, :, :, 0].T.to(wide).numpy() for a in (y, values.grad))
     return Results(mean.numpy(), var.numpy().astype(Long) * (n - 1) / n, y, dx, parameters[0].grad.numpy())
 
 
@@ -152,28 +156,51 @@ def split(value: Fraction) -> Any:
     return high + Long(float(value - Fraction(float(value))))
 
 
+def chunks(count: int) -> list[slice]:
+    return [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]
+
+
 class Exact:
     def __init__(self, x: Any, dy: Any, gamma: Any, beta: Any) -> None:
+        self.x, self.dy, self.gamma, self.beta = x, dy, gamma.astype(Long), beta.astype(Long)
         self.statistics = exact_statistics(x, 1)
         # The mean in two parts: x - mean must not lose what an offset leaves of it.
-        high = np.array([float(s.mean) for s in self.statistics], Long)
-        low = np.array([float(s.mean - Fraction(float(s.mean))) for s in self.statistics], Long)
-        rstd = 1 / np.sqrt(np.array([split(s.var + Fraction(EPS)) for s in self.statistics]))
-        normalized = ((x.astype(Long) - high) - low) * rstd
-        g, gamma = dy.astype(Long), gamma.astype(Long)
-        centered = g - g.mean(axis=0)
-        self.y = gamma * normalized + beta.astype(Long)
-        self.dgamma = (centered * normalized).sum(axis=0)
-        self.dx = gamma * rstd * (centered - normalized * (self.dgamma / len(x)))
+        self.high = np.array([float(s.mean) for s in self.statistics], Long)
+        self.low = np.array([float(s.mean - Fraction(float(s.mean))) for s in self.statistics], Long)
+        self.rstd = 1 / np.sqrt(np.array([split(s.var + Fraction(EPS)) for s in self.statistics]))
+        self.mean_dy = sum(dy[rows].astype(Long).sum(axis=0) for rows in chunks(len(x))) / len(x)
+        parts = (self.centered(rows) * self.normalized(rows) for rows in chunks(len(x)))
+        self.dgamma = sum(part.sum(axis=0) for part in parts)
+
+    def normalized(self, rows: slice) -> Any:
+        return ((self.x[rows].astype(Long) - self.high) - self.low) * self.rstd
+
+    def centered(self, rows: slice) -> Any:
+        return self.dy[rows].astype(Long) - self.mean_dy
+
+    def y(self, rows: slice) -> Any:
+        return self.gamma * self.normalized(rows) + self.beta
+
+    def dx(self, rows: slice) -> Any:
+        slope = self.dgamma / len(self.x)
+        return self.gamma * self.rstd * (self.centered(rows) - self.normalized(rows) * slope)
 
     def errors(self, results: Results, dtype: Any, parameter_dtype: Any) -> Errors:
         """In ulp; NaN and Inf where none should be are infinitely wrong; None for what the dtype cannot hold."""
 
-        def worst(actual: Any, expected: Any, scales: Any, dtype: Any) -> float:
-            with np.errstate(all="ignore"):
-                units = np.array([ulp(float(scale), dtype) for scale in scales], Long)
-                error = np.abs(np.asarray(actual).astype(Long) - expected) / units
-            return float(np.where(np.isfinite(error), error, np.inf).max())
+        def units(scales: Any, dtype: Any) -> Any:
+            return np.array([ulp(float(scale), dtype) for scale in scales], Long)
+
+        def worst(actual: Any, expected: Callable[[slice], Any]) -> float:
+            """At the largest value of a channel."""
+            largest, error = np.zeros((2, self.x.shape[1]), Long)
+            for rows in chunks(len(self.x)):
+                wanted = expected(rows)
+                largest = np.maximum(largest, np.abs(wanted).max(axis=0))
+                with np.errstate(all="ignore"):
+                    off = np.abs(np.asarray(actual[rows]).astype(Long) - wanted)
+                error = np.maximum(error, np.where(np.isfinite(off), off, np.inf).max(axis=0))
+            return float((error / units(largest, dtype)).max())
 
         def exactly(value: Any) -> Fraction:
             return Fraction(float(value)) + Fraction(float(Long(value) - Long(float(value))))
@@ -189,13 +216,15 @@ class Exact:
             )
 
         s = self.statistics
-        largest = lambda a: np.abs(a).max(axis=0)  # noqa: E731
+        with np.errstate(all="ignore"):
+            dgamma = np.abs(np.asarray(results.dgamma).astype(Long) - self.dgamma)
+        dgamma = np.where(np.isfinite(dgamma), dgamma, np.inf) / units([np.abs(self.dgamma).max()], parameter_dtype)
         return {
             "mean": statistic(results.mean, [c.mean for c in s], [max(abs(float(c.mean)), c.std) for c in s]),
             "var": statistic(results.var, [c.var for c in s], [float(c.var) for c in s]),
-            "y": worst(results.y, self.y, largest(self.y), dtype),
-            "dx": worst(results.dx, self.dx, largest(self.dx), dtype),
-            "dgamma": worst(results.dgamma, self.dgamma, [largest(self.dgamma)] * CHANNELS, parameter_dtype),
+            "y": worst(results.y, self.y),
+            "dx": worst(results.dx, self.dx),
+            "dgamma": float(dgamma.max()),
         }
 
 
@@ -205,9 +234,9 @@ def measure(case: Case, contenders: Iterable[str] = CONTENDERS) -> dict[str, Err
     dtype = dtype_of(case.dtype)
     parameter_dtype = np.dtype(np.float64 if case.dtype == "float64" else np.float32)
     with np.errstate(over="ignore"):
-        x = case.make(rng.standard_normal((case.count, CHANNELS))).astype(dtype)
-    dy = (rng.standard_normal((case.count, CHANNELS)) + case.dy_offset).astype(dtype)
-    gamma, beta = (rng.uniform(0.5, 2, CHANNELS).astype(parameter_dtype) for _ in range(2))
+        x = case.make(rng.standard_normal((case.count, case.channels))).astype(dtype)
+    dy = (rng.standard_normal((case.count, case.channels)) + case.dy_offset).astype(dtype)
+    gamma, beta = (rng.uniform(0.5, 2, case.channels).astype(parameter_dtype) for _ in range(2))
     exact = Exact(x, dy, gamma, beta)
     table: dict[str, Errors] = {}
     for name in contenders:
@@ -272,10 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"({versions()}; {platform.machine()}.)",
         ]
     )
-    pattern = r"(<!-- accuracy -->).*(<!-- /accuracy -->)"
-    old = page.read_text()
-    assert re.search(pattern, old, re.S), f"{page} has no place for the tables"
-    page.write_text(re.sub(pattern, lambda match: f"{match[1]}\n\n{text}\n\n{match[2]}", old, flags=re.S))
+    page.write_text(replaced(page.read_text(), "accuracy", text))
     return 0
 
 

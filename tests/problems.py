@@ -271,19 +271,20 @@ def exact_statistics(x: Array, axis: int) -> list[ExactStatistics]:
 
     def channels() -> Iterator[ExactStatistics]:
         for row in np.moveaxis(x, axis, 0):
-            # A float is an integer times a power of two: with one common power the sums are sums of integers.
-            fraction, exponent = np.frexp(row.astype(np.float64).ravel())
-            lowest = int(exponent.min()) - 53
-            integers = [
-                int(f) << (int(e) - 53 - lowest)
-                for f, e in zip(np.ldexp(fraction, 53).tolist(), exponent.tolist(), strict=True)
-            ]
-            unit = Fraction(2) ** lowest
-            count, total = len(integers), sum(integers)
-            squares = sum(value * value for value in integers)
-            yield ExactStatistics(
-                count, Fraction(total, count) * unit, (squares - Fraction(total * total, count)) * unit * unit
-            )
+            total = squares = Fraction(0)
+            values = row.ravel()
+            for start in range(0, values.size, 1 << 20):  # a Python integer for each value needs memory
+                # A float is an integer times a power of two: with one common power the sums are sums of integers.
+                fraction, exponent = np.frexp(values[start : start + (1 << 20)].astype(np.float64))
+                lowest = int(exponent.min()) - 53
+                integers = [
+                    int(f) << (int(e) - 53 - lowest)
+                    for f, e in zip(np.ldexp(fraction, 53).tolist(), exponent.tolist(), strict=True)
+                ]
+                unit = Fraction(2) ** lowest
+                total += sum(integers) * unit
+                squares += sum(value * value for value in integers) * unit * unit
+            yield ExactStatistics(values.size, total / values.size, squares - total * total / values.size)
 
     return list(channels())
 
