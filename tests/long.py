@@ -59,14 +59,15 @@ def run(part: str) -> int:
 # What a part has left
 
 
-def record() -> dict[str, str]:
+def record() -> dict[str, Any]:
     """What was tested, and where."""
     sys.path.append(str(ROOT / "benchmarks"))
     import machine
 
     config = fastbn.runtime.config()
     kept = {key: config[key] for key in ("fastbn", "python", "numpy", "machine", "compiler", "isas available")}
-    return {"commit": machine.commit(ROOT), "cpu": machine.cpu_model(), "logical CPUs": str(os.cpu_count()), **kept}
+    description = {"cpu": machine.cpu_model(), "logical CPUs": str(os.cpu_count()), **kept}
+    return {"commit": machine.commit(ROOT), "machine": description}
 
 
 def entry(xml: Path) -> Entry:
@@ -124,11 +125,14 @@ def row(*cells: object) -> str:
 
 
 def long_section(results: dict[str, Entry]) -> str:
-    lines = [row("what", "tests", "failed", "minutes", "date", "found"), "| --- | ---: | ---: | ---: | --- | --- |"]
+    lines = [row("what", "tests", "failed", "minutes", "date", "commit", "found")]
+    lines.append("| --- | ---: | ---: | ---: | --- | --- | --- |")
     for name, of in results.items():
         what = TARGETS[name][1] if name in TARGETS else f"`test_{name}.py`"
         found = "; ".join(f"{key}: {value:,}" for key, value in of["figures"].items())
-        lines.append(row(what, f"{of['passed']:,}", of["failed"], f"{of['seconds'] / 60:.0f}", of["date"], found))
+        lines.append(
+            row(what, f"{of['passed']:,}", of["failed"], f"{of['seconds'] / 60:.0f}", of["date"], of["commit"], found)
+        )
     machines: dict[str, list[str]] = {}
     for name, of in results.items():
         machines.setdefault(", ".join(f"{key} {value}" for key, value in of["machine"].items()), []).append(name)
@@ -167,7 +171,7 @@ def main() -> int:
             failed.append(part)
         if status not in (0, 1) or not xml.exists():  # ended before its end
             continue
-        results[name] = {**entry(xml), "machine": record()}
+        results[name] = {**entry(xml), **record()}
         if part == "coverage":
             results[name]["coverage"] = coverage(BUILD / "coverage")
         RESULTS.parent.mkdir(exist_ok=True)
