@@ -76,7 +76,10 @@ def entry(xml: Path) -> Entry:
     failed = counts["failures"] + counts["errors"]
     figures: dict[str, int] = {}
     for recorded in suite.iter("property"):
-        name, value = recorded.get("name", ""), int(recorded.get("value", 0))
+        name, text = recorded.get("name", ""), recorded.get("value", "")
+        if not text.lstrip("-").isdecimal():  # hypothesis records texts
+            continue
+        value = int(text)
         before = figures.get(name, 0)
         figures[name] = max(before, value) if name.startswith("largest ") else before + value
     return {
