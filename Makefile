@@ -16,8 +16,8 @@ WHEEL := $$(ls dist/fastbn-*.whl)
 SOURCES := setup.py pyproject.toml MANIFEST.in README.md LICENSE $(shell find src_c fastbn -type f \
 	! -path '*/__pycache__/*' ! -name '*.so' ! -name _build.json ! -name _core.c ! -name _windows.c)
 
-.PHONY: help demo test test-long test-arm test-cuda test-valgrind test-tsan asan coverage accuracy lint format bench \
-	bench-cuda bench-quick develop clean
+.PHONY: help demo test test-long test-arm test-cuda test-valgrind test-tsan asan coverage mutants accuracy lint format \
+	bench bench-cuda bench-quick develop clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -72,6 +72,11 @@ coverage: $(VENV)/.test  ## the lines of C kernels and of Python that the tests 
 	rm build/temp.*/_*.gc* $(OTHER_ISAS:%=build/temp.*/isa_%.gc*)
 	$(BIN)/gcovr --root . --filter src_c/ --merge-lines --fail-under-line 95 \
 	--txt - --json-summary build/coverage/c.json build/temp.*
+
+# In the order of a seed, so many at a time as there are CPUs; an interrupted run goes on where it was.
+mutants: $(VENV)/.test  ## bugs planted into kernels and schedule, and the tests that find them: docs/planted_bugs.md (hours)
+	$(PIP) install 'setuptools>=77' 'cython>=3.1'
+	$(BIN)/python tests/mutants.py
 
 accuracy: $(VENV)/.test  ## errors of fastbn, PyTorch, NumPy and JAX against exact arithmetic, into docs/numerics.md
 	$(PIP) install jax || echo "fastbn: no jax: it will be missing in the tables"

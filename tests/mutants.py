@@ -1,0 +1,642 @@
+"""`make mutants`: bugs planted into the kernels and the schedule by rules, and the tests that find them.
+
+A mutant is the source with one place of one line changed by one rule. All mutants are listed, 200 of them are drawn with
+a fixed seed, evenly over files and rules. Each is compiled (-O0: the tests look at results, not at speed) for the
+best ISA of this machine and the ABI floor, and meets a subset of `make test`: first some cases of the quick files on one
+ISA, then more cases of all files on both. What it survives, the result is `survived`, or `equivalent` with an argument.
+
+    python tests/mutants.py              all 200, or those that build/mutants/log.jsonl does not have yet
+    python tests/mutants.py --again      survivors once more
+    python tests/mutants.py --page       only the page, from tests/results/mutants.json
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing import Process
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "tests" / "results" / "mutants.json"
+PAGE = ROOT / "docs" / "planted_bugs.md"
+BUILD = ROOT / "build" / "mutants"
+LOG = BUILD / "log.jsonl"  # a line for each verdict: an interruption loses nothing
+CC = os.environ.get("CC", "cc")
+NOT_COUNTED = ("does not compile", "not built here", "same machine code")  # replaced by the next mutant
+
+SEED, COUNT = 90, 200
+FILES = (
+    *(f"src_c/kernels/{name}.inc" for name in ("stats", "apply", "backward", "copy", "dtype", "table")),
+    *("src_c/simd.h", "src_c/activations.def", "src_c/dispatch.c", "fastbn/_schedule.pxi", "fastbn/_finish.pxi"),
+)
+
+# The subset of `make test`, the tests that notice most first: of each test so many cases, drawn with the seed.
+QUICK = {
+    "test_stats.py::test_stats_are_exact_on_exact_data": 16,
+    "test_forward.py::test_y_matches_reference": 24,
+    "test_backward.py::test_gradients_match_reference": 24,
+    "test_bits.py::test_bits_of_a_drawn_call": 16,
+    "test_forward.py::test_statistics_of_exact_data_are_exact": 16,
+    "test_backward.py::test_gradients_of_every_tail": 16,
+    "test_bits.py::test_bits_do_not_depend_on_isa_or_threads": 8,
+    "test_inplace_and_out.py::test_out_of_backward_may_be_dy": 8,
+    "test_forward.py::test_statistics_are_as_accurate_as_promised": 8,
+    "test_backward.py::test_offsets_of_x_and_dy_cost_no_digits": 4,
+    "test_forward.py::test_hostile_data_stay_in_their_channel": 12,
+    "test_guard_pages.py::test_nothing_beyond_the_arrays_is_touched": 4,
+}
+THOROUGH = {
+    "test_bits.py::test_bits_of_a_drawn_call": 60,
+    "test_bits.py::test_bits_of_hostile_data": 16,
+    "test_forward.py::test_nan_and_infinity_through_activations": 36,
+    "test_forward.py::test_leaky_relu_has_the_slope_that_is_asked_for": 4,
+    "test_backward.py::test_inference_gradient_is_g_times_scale_even_beside_infinity": 2,
+    "test_backward.py::test_gradient_of_an_outlier_that_the_activation_stops": 8,
+    "test_stats.py::test_stats_keep_nan_and_inf_in_their_channel": 4,
+    "test_layouts.py::test_layout_memory_order_does_not_change_the_numbers": 20,
+    "test_bits.py::test_bits_do_not_depend_on_flush_to_zero": 2,
+    "test_running_stats.py::test_running_guard_is_that_of_the_reference": 16,
+    "test_running_stats.py::test_running_guard_changes_no_bit_of_a_finite_batch": 6,
+    "test_running_stats.py::test_running_statistics_are_used_in_inference_and_stay": 1,
+    "test_inplace_and_out.py::test_out_may_be_residual_of_forward_and_backward_still_knows_the_mask": 8,
+    "test_forward.py::test_roundings_that_do_not_average_out": 4,
+    "test_forward.py::test_statistics_of_exact_data_are_exact": 60,
+    "test_forward.py::test_statistics_are_as_accurate_as_promised": 30,
+    "test_forward.py::test_y_matches_reference": 60,
+    "test_forward.py::test_hostile_data_stay_in_their_channel": 40,
+    "test_backward.py::test_gradients_match_reference": 60,
+    "test_backward.py::test_gradients_of_every_tail": 60,
+    "test_guard_pages.py::test_nothing_beyond_the_arrays_is_touched": 8,
+    "test_bits.py::test_bits_do_not_depend_on_isa_or_threads": 16,
+    "test_bits.py::test_bits_in_place_and_repeated": 4,
+    "test_bits.py::test_bits_of_a_view_are_those_of_its_copy": 8,
+    "test_forward.py::test_an_outlier_as_first_value_does_not_spoil_the_variance": 6,
+    "test_properties.py::test_property_scale_by_a_power_of_two_changes_no_bit": 1,
+    "test_bits.py::test_bits_of_streamed_output": 2,
+}
+CPU_SECONDS, WALL_SECONDS, MEMORY = 30, 900, 8 << 30  # of a test; of all tests of a mutant; of addresses
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules
+
+PAREN = r"\((?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*\)"
+OPERAND = rf"(?<![\w.])(?:(?:[A-Z]\(\w+\)|[A-Za-z_][\w.]*(?:->\w+)*)(?:{PAREN})?(?:\[[^][]*\])?|\d[\w.]*|{PAREN})"
+# Names that a tired author takes for one another.
+TWINS = (
+    "rows columns, row channel, row column, outer inner, block row, channel column, first last, first second, hi lo,"
+    "mean_hi mean_lo, g_hi g_lo, MEAN_HI MEAN_LO, GRADIENT_HI GRADIENT_LO, sum product, sums squares, sum square, x dy,"
+    "x residual, y dx, dx dresidual, x_shift dy_shift, source destination, map reduce, SCALE BETA, delta square,"
+    "dgamma dbeta, gamma beta, units map_units, group groups, fold channels, width channels, mean var, applied summed,"
+    "count columns, scale beta, where_open where_shut, low high, yes no, least greatest, sum_e sum_ed, b next"
+)
+PAIRS = [tuple(pair.split()) for pair in TWINS.split(",")]
+
+# (rule, pattern, replacement)
+PATTERNS: list[tuple[str, str, str]] = [
+    ("sign", r"(?<=[\w)\]] )\+(?= )", "-"),
+    ("sign", r"(?<=[\w)\]] )-(?= )", "+"),
+    ("sign", r"\+=", "-="),
+    ("sign", r"-=", "+="),
+    ("operator", r"(?<=[\w)\]] )\*(?= [\w(])", "/"),
+    ("operator", r"(?<=[\w)\]] )//?(?= [\w(])", "*"),
+    ("operator", r"(?<=[\w)\]] )%(?= [\w(])", "/"),
+    ("operator", r"\*=", "/="),
+    ("operator", r"/=", "*="),
+    ("operator", r"<<", ">>"),
+    ("operator", r">>", "<<"),
+    ("operator", r" & ", " | "),
+    ("operator", r" \| ", " & "),
+    ("operator", r"~", ""),
+    ("bound", r" < ", " <= "),
+    ("bound", r" <= ", " < "),
+    ("bound", r" > ", " >= "),
+    ("bound", r" >= ", " > "),
+    ("bound", r"range\((\w+), ", r"range(\1 + 1, "),
+    ("bound", r"range\(([^,()]+)\)", r"range(\1 - 1)"),
+    ("comparison", r" <=? ", " > "),
+    ("comparison", r" >=? ", " < "),
+    ("comparison", r" == ", " != "),
+    ("comparison", r" != ", " == "),
+    ("condition", rf"\b(if|while) ({PAREN})", r"\1 (!\2)"),
+    ("condition", r"\b(if|while) ([^(].*?):", r"\1 not (\2):"),
+    ("condition", r" if (.+?) else ", r" if not (\1) else "),
+    ("condition", r" \? ([^?:;]+) : ([^?:;,)]+)", r" ? \2 : \1"),
+    ("condition", r" && ", " || "),
+    ("condition", r" \|\| ", " && "),
+    ("condition", r" and ", " or "),
+    ("condition", r" or ", " and "),
+    ("condition", r"\bnot ", ""),
+    ("condition", r"\bTrue\b", "False"),
+    ("condition", r"\bFalse\b", "True"),
+    ("constant", r"(?<![\w.])(?:0x[0-9a-f]+|\d+)u?(?![\w.])", "{+1}"),
+    ("constant", r"(?<![\w.])(?:0x[0-9a-f]+|[1-9]\d*)u?(?![\w.])", "{-1}"),
+    ("constant", r"(?<![\w.])\d+\.\d+(?![\w.])", r"(2 * \g<0>)"),
+    ("lane", r"\[k\]", "[0]"),
+    ("lane", r"\bk \* ", ""),
+    ("lane", r"\b(FASTBN_LANES|F\(WIDTH\)|LANE_VECTORS|TILE_VECTORS|TILE|F\(PARTS\))(?!\w)", r"(\1 / 2)"),
+    ("lane", r"\bWIDTH_f64\b", "WIDTH_f32"),
+    ("tail", r"\b(?:clamp|least|min|max)\(([^,()]+|[^,()]*\([^()]*\)[^,()]*), ([^()]+|[^()]*\([^()]*\)[^()]*)\)", r"(\1)"),
+    ("tail", r"\b(?:clamp|least|min|max)\(([^,()]+|[^,()]*\([^()]*\)[^,()]*), ([^()]+|[^()]*\([^()]*\)[^()]*)\)", r"(\2)"),
+    ("tail", r", n\)", ", n - 1)"),
+    ("tail", r", n\)", ", n + 1)"),
+    ("tail", r"\bkeep_head_f64\((.+), n\)", r"(\1)"),
+    ("tail", r"\bwhole\b", "1"),
+    ("block", r"\b((?:\w+\.|\w+->)*\w*(?:block|rows|columns|segments|fold|group|units|plane|step|piece|STRIP|PIECE"
+              r"|LANE_CHANNELS|_VALUES|_COLUMNS|_BYTES|_SUMS))\b(?= [-+*/%<>,]|[,);])", r"(\1 + 1)"),
+    ("term", rf" [-+] {OPERAND}(?: [*/]/? {OPERAND})*", ""),
+    ("factor", rf" [*/%]/? {OPERAND}", ""),
+    ("factor", rf"{OPERAND} \* ", ""),
+    ("swapped operands", rf"({OPERAND}) (-|//?|<<|>>|%) ({OPERAND})", r"\3 \2 \1"),
+    *(("other name", rf"(?<!\w)(?<!F\()((?:FASTBN_|STATISTICS_)?){a}\b", rf"\g<1>{b}")
+      for pair in PAIRS for a, b in (pair, pair[::-1])),
+]  # fmt: skip
+RULES = (*dict.fromkeys(rule for rule, _, _ in PATTERNS), "statement", "order")
+
+
+class Mutant(NamedTuple):
+    file: str
+    line: int
+    rule: str
+    before: str
+    after: str
+
+
+def blank(match: re.Match[str]) -> str:
+    return re.sub(r"[^\n]", " ", match[0])
+
+
+def code_of(path: str, text: str) -> list[str]:
+    """The lines of a source with everything blanked that is not mutated: comments, texts, asserts, all for the
+    preprocessor but the bodies of macros, and struct members."""
+    if path.endswith(".pxi"):
+        code = re.sub(r'"""[\s\S]*?"""|"[^"\n]*"|#[^\n]*', blank, text)
+        code = re.sub(r"^(from|include|import|cdef extern|ctypedef) ?.*", blank, code, flags=re.M)
+        code = re.sub(r"^ *cdef [\w* ]+(\[\d+\])?(, \w+)*$", blank, code, flags=re.M)
+        code = re.sub(r"^cdef [^\n]*\((?:[^\n]*\n +)*?[^\n]*\) noexcept nogil:$", blank, code, flags=re.M)
+        code = re.sub(r"^cdef struct.*\n(?:(?: +.*)?\n)*", blank, code, flags=re.M)
+    else:
+        code = re.sub(r'/\*[\s\S]*?\*/|//[^\n]*|"[^"\n]*"', blank, text)
+        code = re.sub(r"^ *#(?:define \w+\([^)\n]*\)|define \w+|(?:[^d\n]|d(?!efine))[^\n]*)", blank, code, flags=re.M)
+        code = re.sub(r"\b(_Static_)?assert\(.*?\);", blank, code)
+        code = re.sub(r"^(INLINE|static|extern|[a-z_0-9]+ [*\w]+\()[^;{}]*?\n(?=\{)", blank, code, flags=re.M)
+        code = re.sub(r"^ *(INLINE|extern) .*", blank, code, flags=re.M)
+        code = re.sub(r"^typedef struct .*\{\n(?: .*\n)*\}.*;|^typedef .*;", blank, code, flags=re.M)
+    return code.split("\n")
+
+
+def statements(path: str, code: list[str]) -> set[int]:
+    """Indices of lines that are one whole statement."""
+    found = set()
+    depth, ended = 0, True
+    for i, line in enumerate(code):
+        text = line.rstrip("\\ ").strip()
+        if not text:
+            continue
+        if path.endswith(".pxi"):
+            starts = depth == 0
+            depth += len(re.findall(r"[(\[]", text)) - len(re.findall(r"[)\]]", text))
+            if starts and depth == 0 and not re.match(r"(cdef|return|pass|if|for|while|else)\b", text):
+                found.add(i)
+        else:
+            if ended and text.endswith(";") and not re.match(r"(return|break|case|static|extern|default)\b", text):
+                found.add(i)
+            ended = text[-1] in ";{}:"
+    return found
+
+
+def depend(one: str, other: str) -> bool:
+    """Whether a statement uses what the other sets; a call may set anything."""
+
+    def sets(code: str) -> set[str]:
+        assignment = re.match(r"(.*\w[^=]*?) [-+*/|&]?= ", code)
+        names = re.sub(r"\[.*?\]", "", assignment[1]) if assignment else code
+        return set(re.findall(r"\w+$" if assignment else r"\w+", names))
+
+    return any(sets(a) & set(re.findall(r"\w+", b)) for a, b in ((one, other), (other, one)))
+
+
+def changed(pattern: str, replacement: str, line: str, code: str) -> Iterator[str]:
+    """The line with the pattern replaced, once for each place where the code has it."""
+    at = 0
+    while match := re.compile(pattern).search(code, at):
+        number = re.fullmatch(r"\{(.*)\}", replacement)
+        if number:
+            text = match[0].rstrip("u")
+            value = str(int(text, 0) + int(number[1])) if "x" not in text else hex(int(text, 0) + int(number[1]))
+            new = value + match[0][len(text) :]
+        else:
+            new = match.expand(replacement)
+        yield line[: match.start()] + new + line[match.end() :]
+        at = match.start() + 1
+
+
+def mutants_of(path: str, text: str) -> list[Mutant]:
+    """All of a file, in the order of lines."""
+    lines, code = text.split("\n"), code_of(path, text)
+    whole = statements(path, code)
+    found: dict[tuple[int, str], Mutant] = {}
+    nothing = "pass" if path.endswith(".pxi") else ";"
+
+    def add(i: int, rule: str, before: list[str], after: list[str]) -> None:
+        if before != after:
+            key = (i, "\n".join(after))
+            found.setdefault(key, Mutant(path, i + 1, rule, "\n".join(before), "\n".join(after)))
+
+    for i, line in enumerate(lines):
+        nearby = set(re.findall(r"\w+", " ".join(code[max(0, i - 20) : i + 20])))
+        for rule, pattern, replacement in PATTERNS:
+            for after in changed(pattern, replacement, line, code[i]):
+                if rule != "other name" or nearby.issuperset(re.findall(r"\w+", after)):
+                    add(i, rule, [line], [after])
+        if i in whole:
+            add(i, "statement", [line], [line.replace(code[i].rstrip("\\ ").strip(), nothing)])
+            indent = len(line) - len(line.lstrip())
+            follows = i + 1 in whole and len(lines[i + 1]) - len(lines[i + 1].lstrip()) == indent
+            if follows and depend(code[i], code[i + 1]):
+                add(i, "order", lines[i : i + 2], lines[i : i + 2][::-1])
+    return list(found.values())
+
+
+def planted(mutant: Mutant, text: str) -> str:
+    """The text of its file with the mutant in it."""
+    lines = text.split("\n")
+    before = mutant.before.split("\n")
+    assert lines[mutant.line - 1 :][: len(before)] == before
+    lines[mutant.line - 1 : mutant.line - 1 + len(before)] = mutant.after.split("\n")
+    return "\n".join(lines)
+
+
+def all_mutants() -> list[Mutant]:
+    return [mutant for path in FILES for mutant in mutants_of(path, (ROOT / path).read_text())]
+
+
+def in_turn(mutants: list[Mutant], seed: int) -> list[Mutant]:
+    """At random, the rules in turn."""
+    shuffled = random.Random(seed).sample(mutants, len(mutants))
+    turn: Counter[str] = Counter()
+    place = {mutant: (turn.update([mutant.rule]), turn[mutant.rule])[1] for mutant in shuffled}
+    return sorted(shuffled, key=lambda mutant: (place[mutant], RULES.index(mutant.rule)))
+
+
+def quotas() -> dict[str, int]:
+    """How many mutants of each file: by its lines of code, five at least."""
+    lines = {path: sum(map(bool, map(str.strip, code_of(path, (ROOT / path).read_text())))) for path in FILES}
+    share = {path: max(5, COUNT * n // sum(lines.values())) for path, n in lines.items()}
+    largest = max(share, key=share.__getitem__)
+    return share | {largest: share[largest] + COUNT - sum(share.values())}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One mutant: build it, run the tests on it
+
+
+class Builder:
+    """The objects of the package, each made once; the package with some of them replaced."""
+
+    def __init__(self, folder: Path) -> None:
+        import numpy
+
+        setup: dict[str, Any] = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+        self.folder, self.tree = folder, folder / "tree"
+        self.package = folder / "run" / "fastbn"
+        shutil.rmtree(self.package, ignore_errors=True)
+        shutil.copytree(in_python("import fastbn; print(fastbn.__path__[0])"), self.package)
+        self.library = next(self.package.glob("_core*.so"))
+        isas = setup["isa_rows"](platform.machine())
+        common = ["-g0", "-w", "-fPIC", "-fwrapv", "-std=gnu11", "-DNDEBUG", "-fvisibility=hidden", *setup["NUMERICS"]]
+        includes = [f"-I{path}" for path in (ROOT / "src_c", numpy.get_include(), sysconfig.get_paths()["include"])]
+        floor = isas[-1][1]
+        self.flags = {f"isa_{name}.c": [*common, *flags] for name, flags in isas}
+        self.flags["dispatch.c"] = [*common, *floor]
+        self.flags["_core.c"] = [*common, *floor, *includes, *setup["NUMPY_API"], "-fopenmp"]
+        self.cython = ["-3", *(f"-X{name}={value}" for name, value in setup["DIRECTIVES"].items())]
+        self.isas = isas_here()
+        self.originals = {unit: self.text(unit, ROOT) for unit in self.flags}
+
+    def text(self, unit: str, tree: Path) -> bytes:
+        """The C of a unit, preprocessed."""
+        if unit != "_core.c":
+            text = call(CC, *self.flags[unit], "-E", "-P", tree / "src_c" / unit)
+            # Compiled in a tenth of the time.
+            return text.replace(b"static inline __attribute__((always_inline, unused))", b"static __attribute__((unused))")
+        command = [sys.executable, "-m", "cython", *self.cython, "fastbn/_core.pyx", "-o", self.folder / unit]
+        call(*command, cwd=tree)  # its path stands in the C
+        return (self.folder / unit).read_bytes()
+
+    def compile(self, unit: str, text: bytes, level: str) -> Path:
+        """Its object, made if there is none of this text."""
+        key = hashlib.sha256(text + " ".join([*self.flags[unit], level]).encode()).hexdigest()[:16]
+        target = self.folder / "objects" / f"{Path(unit).stem}-{key}.o"
+        if not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            (self.folder / unit).write_bytes(text)
+            call(CC, *self.flags[unit], level, "-c", self.folder / unit, "-o", target)
+        return target
+
+    def link(self, changed: dict[str, bytes], level: str) -> bool:
+        """The library with these units; False if their machine code is that of the originals."""
+        objects = {
+            unit: self.compile(unit, text, level if unit in changed else "-O0") for unit, text in self.originals.items()
+        }
+        mutated = {unit: self.compile(unit, text, level) for unit, text in changed.items()}
+        self.library.unlink(missing_ok=True)
+        call(CC, "-shared", *(objects | mutated).values(), "-o", self.library, "-fopenmp")
+        different = [unit for unit in mutated if mutated[unit].read_bytes() != objects[unit].read_bytes()]
+        for unit in different:
+            mutated[unit].unlink()
+        return bool(different)
+
+    def plant(self, mutant: Mutant) -> dict[str, bytes]:
+        """The units that it changes, the best ISA first."""
+        shutil.rmtree(self.tree, ignore_errors=True)
+        shutil.copytree(ROOT / "src_c", self.tree / "src_c")
+        (self.tree / "fastbn").mkdir()
+        for source in (ROOT / "fastbn").glob("_*.p[xy]*"):
+            shutil.copy(source, self.tree / "fastbn")
+        path = self.tree / mutant.file
+        path.write_text(planted(mutant, path.read_text()))
+        units = ["_core.c"] if mutant.file.endswith(".pxi") else [*(f"isa_{isa}.c" for isa in self.isas), "dispatch.c"]
+        texts = {unit: self.text(unit, self.tree) for unit in units}
+        return {unit: text for unit, text in texts.items() if text != self.originals[unit]}
+
+    def judge(self, mutant: Mutant) -> str:
+        try:
+            changed = self.plant(mutant)
+            if not changed:
+                return "not built here"
+            first = next(iter(changed))
+            if not self.link({first: changed[first]}, "-O0") and len(changed) == 1:
+                return "same machine code"
+            isas = [isa for isa in self.isas if f"isa_{isa}.c" == first] or self.isas[:1]
+            verdict = self.run_tests(QUICK, isas)
+            if verdict:
+                return verdict
+            # Optimized: some mutants are the same machine code then, and the long tests are faster.
+            if not self.link(changed, "-O1"):
+                return "same machine code"
+            return self.run_tests(THOROUGH, self.isas) or "survived"
+        except subprocess.CalledProcessError as error:
+            (self.folder / "compiler.log").write_bytes(error.stderr)
+            return "does not compile"
+
+    def run_tests(self, subset: dict[str, int], isas: list[str]) -> str:
+        """In a process of its own: "", or how it ended and at which test."""
+        note = self.folder / "test"
+        note.write_text("the collection of tests")
+        pid = os.fork()
+        if pid == 0:
+            code = 99
+            try:
+                out = os.open(self.folder / "tests.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(out, 1)
+                os.dup2(out, 2)
+                resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+                sys.path.insert(0, str(self.package.parent))
+                os.environ["PYTHONPATH"] = str(self.package.parent)  # of processes that tests start
+                import fastbn
+
+                assert Path(fastbn.__file__).parent == self.package
+                fastbn.runtime.available_isas = lambda: tuple(isas)
+                paths = [f"{ROOT}/tests/{name}" for name in dict.fromkeys(test.partition("::")[0] for test in subset)]
+                options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=0", "--tb=short", "--durations=9"]
+                with fastbn.runtime.isa(isas[0]):
+                    code = pytest.main([*options, "--rootdir", str(ROOT), *paths], plugins=[Sampler(subset, note)])
+            finally:
+                os._exit(code)
+        started = time.monotonic()
+        while not (done := os.waitpid(pid, os.WNOHANG))[0]:
+            if time.monotonic() > started + WALL_SECONDS:  # all threads wait for each other
+                os.kill(pid, signal.SIGPROF)
+            time.sleep(0.05)
+        code, test = os.waitstatus_to_exitcode(done[1]), note.read_text()
+        if code >= 0:
+            return f"caught by {test}" if code else ""
+        return f"timeout in {test}" if code == -signal.SIGPROF else f"crash ({signal.Signals(-code).name}) in {test}"
+
+
+def call(*command: Any, cwd: Path | None = None) -> bytes:
+    return subprocess.run([*map(str, command)], check=True, capture_output=True, cwd=cwd).stdout
+
+
+def isas_here() -> list[str]:
+    """The best one of this machine, and the floor."""
+    names = in_python("import fastbn; print(*fastbn.runtime.available_isas())").split()
+    return list(dict.fromkeys((names[0], names[-1])))
+
+
+def in_python(code: str) -> str:
+    return call(sys.executable, "-P", "-c", code).decode().strip()
+
+
+class Sampler:
+    """A plugin of pytest: some cases of the tests of a subset, and a note of the one that runs."""
+
+    def __init__(self, subset: dict[str, int], note: Path) -> None:
+        self.subset, self.note = subset, note
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_generate_tests(self, metafunc: Any) -> None:
+        test = f"{Path(metafunc.module.__file__).name}::{metafunc.function.__name__}"
+        wanted, cases = self.subset.get(test, 0), metafunc._calls
+        if len(cases) > wanted:
+            kept = random.Random(f"{SEED} {test}").sample(range(len(cases)), wanted)
+            metafunc._calls = [cases[i] for i in sorted(kept)]
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        order = list(self.subset)
+        items[:] = [item for item in items if f"{item.path.name}::{item.originalname}" in self.subset]
+        items.sort(key=lambda item: order.index(f"{item.path.name}::{item.originalname}"))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.note.write_text(nodeid.removeprefix("tests/"))
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # of this process: however slow the machine is
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of them
+
+EQUIVALENT: dict[tuple[str, str], str] = {}
+
+
+def read_log() -> dict[Mutant, str]:
+    entries = [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
+    return {Mutant(*entry[:-1]): entry[-1] for entry in entries}
+
+
+def work(files: list[str], name: str, again: bool) -> None:
+    """Judge mutants of these files, each rule in turn, until there are as many as the quota says."""
+    folder = BUILD / name
+    (folder / "objects").mkdir(parents=True, exist_ok=True)
+    builder, known = Builder(folder), read_log()
+    for path in files:
+        counted = 0
+        for mutant in in_turn(mutants_of(path, (ROOT / path).read_text()), SEED):
+            if counted == quotas()[path]:
+                break
+            verdict = known.get(mutant)
+            if verdict is None or (again and verdict == "survived"):
+                verdict = builder.judge(mutant)
+                with LOG.open("a") as log:
+                    log.write(json.dumps([*mutant, verdict]) + "\n")
+            counted += verdict not in NOT_COUNTED
+
+
+def drawn(known: dict[Mutant, str]) -> Iterator[tuple[Mutant, str]]:
+    """The mutants that the log has the verdicts of, in the order of the draw, as far as the quotas go."""
+    for path in FILES:
+        counted = 0
+        for mutant in in_turn(mutants_of(path, (ROOT / path).read_text()), SEED):
+            if counted < quotas()[path]:
+                yield mutant, known[mutant]
+                counted += known[mutant] not in NOT_COUNTED
+
+
+def record(known: dict[Mutant, str]) -> dict[str, Any]:
+    sys.path.append(str(ROOT / "benchmarks"))
+    import fastbn
+    import machine
+
+    found = list(drawn(known))
+    entries = []
+    for mutant, verdict in found:
+        if verdict in NOT_COUNTED:
+            continue
+        argument = EQUIVALENT.get((mutant.before.strip(), mutant.after.strip())) if verdict == "survived" else None
+        entry = mutant._asdict() | {"verdict": "equivalent" if argument else verdict}
+        entries.append(entry | ({"argument": argument} if argument else {}))
+    return {
+        "version": fastbn.__version__,
+        "compiler": call(CC, "--version").decode().splitlines()[0],
+        "machine": machine.record(1, sorted(os.sched_getaffinity(0))),
+        "ISAs": isas_here(),
+        "seed": SEED,
+        "mutants of all lines": len(all_mutants()),
+        "replaced": dict(Counter(verdict for _, verdict in found if verdict in NOT_COUNTED)),
+        "mutants": entries,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def counts(entries: list[dict[str, Any]]) -> list[int]:
+    """Drawn, found, equivalent, survived."""
+    left = Counter(entry["verdict"] for entry in entries)
+    return [len(entries), len(entries) - left["equivalent"] - left["survived"], left["equivalent"], left["survived"]]
+
+
+def share_found(entries: list[dict[str, Any]]) -> float:
+    drawn, found, equivalent, _ = counts(entries)
+    return found / (drawn - equivalent)
+
+
+def change(entry: dict[str, Any]) -> str:
+    """Before and after in one cell of a table."""
+    before, after = ("; ".join(line.strip() for line in entry[key].split("\n")) for key in ("before", "after"))
+    place = f"{Path(entry['file']).name}:{entry['line']}"
+    return f"{place} | {entry['rule']} | `` {before} `` becomes `` {after} ``".replace(" | ", "\0").replace("|", "\\|").replace("\0", " | ")
+
+
+def page(results: dict[str, Any]) -> str:
+    entries = results["mutants"]
+    drawn, found, equivalent, survived = counts(entries)
+    ends = Counter(re.sub(r" .*", "", entry["verdict"]) for entry in entries)
+    by_test = Counter(
+        re.sub(r".* in |.*caught by |\[.*", "", entry["verdict"]) for entry in entries if " " in entry["verdict"]
+    )
+    head = "| {} | drawn | found | equivalent | survived |\n| --- | ---: | ---: | ---: | ---: |"
+    machine = results["machine"]
+    replaced = ", ".join(f"{number} {why}" for why, number in sorted(results["replaced"].items()))
+    lines = [
+        "# Planted bugs",
+        "",
+        "Do the tests notice a wrong line? `make mutants` changes the kernels and the schedule, one place at a time, by",
+        f"rules: {len(RULES)} rules give {results['mutants of all lines']} mutants of all lines of code. {drawn} of them, drawn with seed",
+        f"{results['seed']}, have been compiled and have met a subset of `make test` ({len(THOROUGH)} tests, named in",
+        "[tests/mutants.py](../tests/mutants.py), of each some cases). Not counted, and replaced by the next of the same file:",
+        f"{replaced}. *Same machine code*: gcc -O1 makes the same object of it.",
+        "",
+        f"**{found} of the {drawn - equivalent} mutants that are bugs have been found: {100 * share_found(entries):.1f} %.** {ends['caught']} by a test that failed, {ends['crash']} by a crash, {ends['timeout']} by a",
+        f"time limit. {equivalent} are equivalent: not bugs, as argued below one by one. {survived} survived.",
+        "",
+        f"This page is made from [tests/results/mutants.json](../tests/results/mutants.json): version {results['version']}, commit",
+        f"{machine['commit']}, {machine['cpu']}, {results['compiler']}, ISAs {' and '.join(results['ISAs'])}.",
+        "",
+        "## By rule and by file",
+        "",
+        head.format("rule"),
+        *(f"| {rule} | {' | '.join(map(str, counts([e for e in entries if e['rule'] == rule])))} |" for rule in RULES),
+        "",
+        head.format("file"),
+        *(f"| `{file}` | {' | '.join(map(str, counts([e for e in entries if e['file'] == file])))} |" for file in FILES),
+        "",
+        "## The tests that found them",
+        "",
+        "| test | mutants |",
+        "| --- | ---: |",
+        *(f"| `{test}` | {number} |" for test, number in by_test.most_common()),
+        "",
+        "## Survivors",
+        "",
+        *table(["mutant", "rule", "change"], [change(e) for e in entries if e["verdict"] == "survived"]),
+        "",
+        "## Equivalent mutants",
+        "",
+        *table(
+            ["mutant", "rule", "change", "why no test can notice it"],
+            [f"{change(e)} | {e['argument']}" for e in entries if e["verdict"] == "equivalent"],
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table(head: list[str], rows: list[str]) -> list[str]:
+    if not rows:
+        return ["None."]
+    return [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *(f"| {row} |" for row in rows)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at the same time (all CPUs)")
+    parser.add_argument("--again", action="store_true", help="survivors once more")
+    options = parser.parse_args(arguments)
+    shares: list[list[str]] = [[] for _ in range(options.jobs)]
+    for path, _ in sorted(quotas().items(), key=lambda item: -item[1]):
+        min(shares, key=lambda share: sum(quotas()[file] for file in share)).append(path)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    workers = [Process(target=work, args=(share, str(i), options.again)) for i, share in enumerate(shares) if share]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        return 1
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(record(read_log()), indent=1) + "\n")
+    PAGE.write_text(page(json.loads(RESULTS.read_text())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
