@@ -185,16 +185,36 @@ def test_leaky_relu_has_the_slope_that_is_asked_for(isa, slope):
 
 
 @each_isa
+@each_dtype
 @each_order
 @pytest.mark.parametrize("activation", fastbn.runtime.activations())
-def test_nan_and_infinity_through_activations(isa, order, activation):
+def test_nan_and_infinity_through_activations(isa, dtype, order, activation):
     """And the kinks: NaN stays NaN, infinity is a number like others."""
-    x = np.array([[np.nan, 1.0, -np.inf, 2.0], [1.0, -1.0, 6.0, np.inf], [-3.0, 0.0, 3.0, 1.0]], "f4")
+    x = np.array([[np.nan, 1.0, -np.inf, 2.0], [1.0, -1.0, 6.0, np.inf], [-3.0, 0.0, 3.0, 1.0]]).astype(dtype)
     x = MEMORY_ORDERS[order](x, 1)
     statistics = {"running_mean": np.zeros(4), "running_var": np.ones(4), "training": False}
     with fastbn.runtime.isa(isa):
         y, cache = fastbn.batchnorm_forward(x, eps=0.0, activation=activation, **statistics)
         dx, _, _ = fastbn.batchnorm_backward(np.ones_like(x), cache)
     expected, reference = fastbn.reference.batchnorm_forward(x, eps=0.0, activation=activation, **statistics)
-    np.testing.assert_allclose(y, expected, rtol=1e-6)
-    np.testing.assert_allclose(dx, fastbn.reference.batchnorm_backward(np.ones(x.shape), reference).dx, rtol=1e-6)
+    expected_dx = fastbn.reference.batchnorm_backward(np.ones(x.shape), reference).dx
+    for computed, exact in ((y, expected), (dx, expected_dx)):
+        np.testing.assert_allclose(computed.astype(np.float64), exact, rtol=1e-6 + 2 * storing(dtype))
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("axis", [1, -1], ids=["planar", "interleaved"])
+def test_results_are_rounded_to_nearest_even(isa, dtype, axis):
+    """y is gamma, rounded: float32 on and beside the middle of two neighbours in a half precision, of every size."""
+    top = np.arange(0, 1 << 16, 37, dtype=np.uint32)[:, None] << 16
+    below = np.array([0, 1, 0xFFF, 0x1000, 0x1001, 0x1FFF, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    gamma = (top | below).ravel().view(np.float32)
+    gamma = gamma[np.isfinite(gamma)]
+    ones = np.ones((2, gamma.size, 17) if axis == 1 else (2, gamma.size), dtype)
+    statistics = {"running_mean": np.zeros(gamma.size), "running_var": np.ones(gamma.size), "training": False}
+    with fastbn.runtime.isa(isa):
+        y = fastbn.batchnorm(ones, gamma, axis=axis, eps=0.0, **statistics)
+    with np.errstate(over="ignore"):
+        expected = gamma.astype(dtype)
+    assert np.array_equal(y, np.broadcast_to(expected[:, None] if axis == 1 else expected, y.shape))

@@ -61,7 +61,10 @@ def test_mutants_every_rule_has_an_example():
     [
         ("a.h", "/* a - b */\n#if A < B\n#endif\nassert(a < b);\ntypedef struct s {\n    int x, y;\n} s;\n"),
         ("a.h", "INLINE int f(const char *row, int n)\n{\n}\n"),
-        ("a.pxi", '# a - b\nfrom a cimport b\ncdef int64_t row, rows\n"""a - b"""\ncdef struct S:\n    int row, rows\n'),
+        (
+            "a.pxi",
+            '# a - b\nfrom a cimport b\ncdef int64_t row, rows\n"""a - b"""\ncdef struct S:\n    int row, rows\n',
+        ),
         ("a.pxi", "cdef void f(Job *job, int row) noexcept nogil:\n"),
     ],
 )
@@ -95,7 +98,9 @@ WITHOUT = re.compile(
 def test_mutants_reach_every_line(path):
     """But those which only declare, name, open, close or return."""
     text = (ROOT / path).read_text()
-    reached = {mutant.line + i for mutant in mutants.mutants_of(path, text) for i in range(mutant.before.count("\n") + 1)}
+    reached = {
+        mutant.line + i for mutant in mutants.mutants_of(path, text) for i in range(mutant.before.count("\n") + 1)
+    }
     code = mutants.code_of(path, text)
     left = [line.rstrip("\\ ").strip() for i, line in enumerate(code) if line.strip() and i + 1 not in reached]
     assert [line for line in left if not WITHOUT.fullmatch(line)] == []
@@ -130,9 +135,16 @@ def test_mutants_of_the_record_are_found():
     assert mutants.share_found(entries) >= 0.98
     for entry in entries:
         verdict = entry["verdict"]
-        assert verdict in ("survived", "equivalent") or re.match(r"(caught by|timeout in|crash \(SIG\w+\) in) ", verdict)
+        assert verdict in ("survived", "equivalent") or re.match(
+            r"(caught by|timeout in|crash \(SIG\w+\) in) ", verdict
+        )
         if verdict == "equivalent":
-            assert entry["argument"] == EQUIVALENT[entry["before"].strip(), entry["after"].strip()]
+            assert entry["argument"] == EQUIVALENT[mutants.key(entry["before"], entry["after"])]
+
+
+def test_mutants_arguments_are_read():
+    assert len(EQUIVALENT) == mutants.ARGUMENTS.count("\n- ") == mutants.ARGUMENTS.count("\n= ")
+    assert all(before != after and argument.endswith(".") for (before, after), argument in EQUIVALENT.items())
 
 
 @recorded
