@@ -73,6 +73,7 @@ THOROUGH = {
     "test_backward.py::test_gradient_of_an_outlier_that_the_activation_stops": 8,
     "test_stats.py::test_stats_keep_nan_and_inf_in_their_channel": 4,
     "test_layouts.py::test_layout_memory_order_does_not_change_the_numbers": 20,
+    "test_layouts.py::test_layout_windows_that_slide_are_used_in_place": 28,
     "test_bits.py::test_bits_do_not_depend_on_flush_to_zero": 2,
     "test_running_stats.py::test_running_guard_is_that_of_the_reference": 16,
     "test_running_stats.py::test_running_guard_changes_no_bit_of_a_finite_batch": 6,
@@ -525,6 +526,42 @@ ARGUMENTS = """
 - const int64_t channels = b && next && next->channels > b->channels ? next->channels : any->channels;
 + const int64_t channels = b && next && next->channels >= b->channels ? next->channels : any->channels;
 = Where both are equal, it does not matter which is taken.
+
+- return n < 0 ? 0 : n < width ? (int)n : width;
++ return n < 0 ? 0 : n <= width ? (int)n : width;
+= Where both are equal, it does not matter which is taken.
+
+- PHASE_UNIT_BYTES = 512 << 10
++ PHASE_UNIT_BYTES = 10 << 512
+= Whatever the number is, groups have one channel at least; which channels go together changes no bit, only the time.
+
+- c = F(load_normalizer)(r, 1, 0, F(WIDTH));
++ c = F(load_normalizer)(r, 2, 0, F(WIDTH));
+= A truth value: 2 is as true as 1.
+
+- if (column < any->columns) {
++ if (column < (any->columns + 1)) {
+= Behind the last column there are no values left: the loops over them do nothing.
+
+- c = F(load_normalizer)(r, 1, 0, F(WIDTH));
++ c = F(load_normalizer)(r, 1, 0, (F(WIDTH) / 2));
+= Planar: the coefficient of the channel goes to all lanes; their number is read for interleaved rows only.
+
+- shift_channels(job, thread, channel, channel + channels); mapping = group > first and job.map != NULL
++ mapping = group > first and job.map != NULL; shift_channels(job, thread, channel, channel + channels)
+= Neither uses what the other sets.
+
+- if (column + F(WIDTH) <= end && column < total) {
++ if (column <= end && column < total) {
+= Coefficients are loaded for loops that then find no whole vector.
+
+- block = job.blocks - 1 - i if (group - first) % 2 else i
++ block = job.blocks - 1 - i if (group + first) % 2 else i
+= A sum is odd where the difference is.
+
+- if (head > 0 && kind->mask) kind->stream = 0;
++ if (head >= 0 && kind->mask) kind->stream = 0;
+= The same values, stored through the caches.
 """
 
 

@@ -5,7 +5,7 @@ import pytest
 
 import fastbn
 from fastbn import _layout, reference
-from problems import MEMORY_ORDERS, SHAPES, assert_same_bits, make_parameters, make_random, shape_id
+from problems import MEMORY_ORDERS, SHAPES, assert_same_bits, dtype_of, make_parameters, make_random, shape_id
 from tolerances import dx_addends, dx_atol, forward_atol
 
 IN_PLACE = {"c-order", "channels-last", "every-other-channel", "reversed"}
@@ -224,6 +224,18 @@ def test_layout_broadcast_input_is_used_in_place(monkeypatch, capsys):
     monkeypatch.setenv("FASTBN_VERBOSE", "1")
     x = np.broadcast_to(make_random((1, 4, 5), 1, np.float32), (3, 4, 5))
     assert_same_bits(fastbn.batchnorm(x), fastbn.batchnorm(x.copy()))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("dtype", fastbn.runtime.dtypes())
+@pytest.mark.parametrize("channels", [3, 4, 6, 8, 12, 20, 70])
+def test_layout_windows_that_slide_are_used_in_place(dtype, channels, monkeypatch, capsys):
+    """Rows that overlap, whatever they have in common with dense ones."""
+    monkeypatch.setenv("FASTBN_VERBOSE", "1")
+    values = make_random((channels + 90, 1), 1, dtype_of(dtype)).ravel()
+    for step in range(2, channels):  # with 1 they are planar: channel c is what begins at c
+        windows = np.lib.stride_tricks.sliding_window_view(values, channels)[::step]
+        assert_same_bits(fastbn.batchnorm(windows), fastbn.batchnorm(windows.copy()))
     assert capsys.readouterr().err == ""
 
 
