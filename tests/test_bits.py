@@ -15,6 +15,7 @@ from combinations import (
     ISAS,
     LONG,
     THREADS,
+    Problem,
     each_activation_and_shape,
     each_dtype,
     each_isa,
@@ -101,6 +102,23 @@ def test_bits_of_a_view_are_those_of_its_copy(dtype, shape, order):
     expected = run(plain, "relu", ISAS[0], 2)
     for name, value in run(view, "relu", ISAS[0], 3).items():
         assert_same_bits(np.ascontiguousarray(value), np.ascontiguousarray(expected[name]))
+
+
+@each_dtype
+@each_isa
+@pytest.mark.parametrize("threads", [1, 3])
+@each_shape([(3, 70, 600), (2, 41, 90), (40, 10, 33, 33)])  # long runs, short ones, large channels: with a rest
+def test_bits_of_a_channel_are_those_that_it_has_alone(isa, dtype, threads, shape):
+    """Planar: however channels are grouped, and beside which others a kernel takes them."""
+    together = make_problem(shape, dtype, with_residual=True)
+    results = run(together, "relu", isa, threads)
+    for channel in range(shape[1]):
+        one = slice(channel, channel + 1)
+        x, dy, residual = (np.ascontiguousarray(array[:, one]) for array in together[:3])
+        problem = Problem(x, dy, residual, together.gamma[one], together.beta[one], {})
+        for name, value in run(problem, "relu", isa, 1).items():
+            expected = results[name][:, one] if value.ndim > 1 else results[name][one]
+            assert_same_bits(value, np.ascontiguousarray(expected))
 
 
 @each_dtype
