@@ -583,17 +583,53 @@ ARGUMENTS = """
 - job.map_rows = max(1, UNIT_BYTES // (job.width * job.kernels.itemsize))
 + job.map_rows = max(1, (UNIT_BYTES + 1) // (job.width * job.kernels.itemsize))
 = Units of other sizes: map changes each value by itself.
+
+- if (WHOLE(n, WIDTH_f32)) return load_f32(p);
++ ;
+= The way for any n gives the same for a whole vector.
+
+- M(store_head)(r.dx + at, v, n); if (kind.dresidual) M(store_head)(r.dresidual + at, g, n);
++ if (kind.dresidual) M(store_head)(r.dresidual + at, g, n); M(store_head)(r.dx + at, v, n);
+= Two stores to arrays that share no memory.
+
+- return 4 * ceil_div(channels, threads) * threads <= 5 * channels
++ return 4 * threads <= 5 * channels
+= Whether three steps go channel by channel or in phases: other order, the same sums of the same blocks.
+
+- return 32 << 20;
++ return 32 >> 20;
+= Another limit for stores past the caches: the same values.
+
+- return 32 << 20;
++ return 20 << 32;
+= Another limit for stores past the caches: the same values.
+
+- return least(head, columns);
++ return (head);
+= Where the head is the whole row, what is left of it is no value or less than none: the loops over it do nothing.
+
+- place(job, &b, row, channel, inner, mapping); b.sums = job.sums + block * 2 * job.width + channel
++ b.sums = job.sums + block * 2 * job.width + channel; place(job, &b, row, channel, inner, mapping)
+= `place` neither reads nor sets `sums`.
+
+- redirect(&dense.x, &buffer, strided, row); redirect(&dense.residual, &buffer, strided, row)
++ redirect(&dense.residual, &buffer, strided, row); redirect(&dense.x, &buffer, strided, row)
+= The parts of a buffer in another order.
+
+- const int64_t piece = b && next ? PIECE : any->columns;
++ const int64_t piece = b && next ? any->columns : PIECE;
+= Pieces of whole lanes and groups, or no pieces: the same additions to the same lanes.
 """
 
 
 def key(before: str, after: str) -> tuple[str, str]:
     """The content of a mutant, wherever it is."""
-    one, other = ("; ".join(line.strip() for line in text.split("\n")) for text in (before, after))
+    one, other = ("; ".join(line.strip().rstrip(";") or ";" for line in text.split("\n")) for text in (before, after))
     return one, other
 
 
 EQUIVALENT = {
-    (before, after): " ".join(argument.split())
+    key(before, after): " ".join(argument.split())
     for before, after, argument in re.findall(r"^- (.*)\n\+ (.*)\n= ([^\n]*(?:\n(?!\n).*)*)", ARGUMENTS, re.M)
 }
 
