@@ -54,6 +54,8 @@ QUICK = {
     "test_forward.py::test_y_matches_reference": 24,
     "test_backward.py::test_gradients_match_reference": 24,
     "test_bits.py::test_bits_of_a_drawn_call": 16,
+    "test_bits.py::test_bits_are_those_of_this_version": 8,
+    "test_memory.py::test_memory_copy_writes_every_byte_and_no_other": 8,
     "test_forward.py::test_statistics_of_exact_data_are_exact": 16,
     "test_backward.py::test_gradients_of_every_tail": 16,
     "test_bits.py::test_bits_do_not_depend_on_isa_or_threads": 8,
@@ -96,6 +98,7 @@ THOROUGH = {
 }
 LAST = {  # long ones: with --again only
     "test_bits.py::test_bits_of_streamed_output": 8,
+    "test_cuda.py::test_cuda_activations": 8,
     "test_properties.py::test_property_any_array_is_normalized_as_the_definition_says": 1,
     "test_bits.py::test_bits_do_not_depend_on_alignment": 2,
 }

@@ -443,3 +443,22 @@ def test_memory_does_not_leak():
     assert fastbn.cache_info().idle_bytes <= 64 * MIB
     fastbn.empty_cache()
     assert resident() <= before
+
+
+# Copies ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("isa", range(len(fastbn.runtime.available_isas())))
+def test_memory_copy_writes_every_byte_and_no_other(isa, stream):
+    """What `fastbn.runtime.copy_speed` measures with; from and to every place in a cache line."""
+    index = [i for i, (_name, available) in enumerate(_core.isas()) if available][isa]
+    source = np.arange(1000, dtype=np.uint16).astype(np.uint8)
+    for offset in range(64):
+        for count in (0, 1, 63, 64, 65, 200, 577):
+            for threads in (1, 3):
+                destination = np.zeros(1000, np.uint8)
+                _core.copy(index, threads, destination[offset : offset + count], source[7 : 7 + count], stream)
+                expected = np.zeros(1000, np.uint8)
+                expected[offset : offset + count] = source[7 : 7 + count]
+                np.testing.assert_array_equal(destination, expected)
