@@ -768,7 +768,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at the same time (all CPUs)")
     parser.add_argument("--again", action="store_true", help="survivors once more")
+    parser.add_argument("--page", action="store_true", help="only the page, from what is recorded")
     options = parser.parse_args(arguments)
+    if options.page:
+        PAGE.write_text(page(json.loads(RESULTS.read_text())))
+        return 0
     shares: list[list[str]] = [[] for _ in range(options.jobs)]
     for path, _ in sorted(quotas().items(), key=lambda item: -item[1]):
         min(shares, key=lambda share: sum(quotas()[file] for file in share)).append(path)
