@@ -70,14 +70,33 @@ static void *room(int64_t bytes)
     return p;
 }
 
-enum { STATS, APPLY, BACKWARD_STATS, BACKWARD_APPLY, BESIDE, BACKWARD_BESIDE, COEFFICIENTS, COPY, KERNELS };
-static const char *const kernel_names[KERNELS] = {
-    "stats",        "apply", "backward_stats", "backward_apply", "apply_beside_stats", "backward_apply_beside_stats",
-    "coefficients", "copy2d"};
+enum {
+    STATS,
+    APPLY,
+    BACKWARD_STATS,
+    BACKWARD_APPLY,
+    BESIDE,
+    BACKWARD_BESIDE,
+    ADJOINING,
+    BACKWARD_ADJOINING,
+    COEFFICIENTS,
+    COPY,
+    KERNELS
+};
+static const char *const kernel_names[KERNELS] = {"stats",
+                                                  "apply",
+                                                  "backward_stats",
+                                                  "backward_apply",
+                                                  "apply_beside_stats",
+                                                  "backward_apply_beside_stats",
+                                                  "apply_adjoining",
+                                                  "backward_apply_adjoining",
+                                                  "coefficients",
+                                                  "copy2d"};
 
 // The arrays of a block, for values of the largest dtype.
 static char *x, *residual, *dy, *y, *dx, *dresidual, *mask, *copied;
-static double *sums, *x_shift, *dy_shift, *coefficients, *spread;
+static double *sums, *x_shift, *dy_shift, *coefficients;
 
 static fastbn_operand operand(char *data, const fastbn_block *b, int planar, int64_t row_bytes)
 {
@@ -119,7 +138,6 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
     b.negative_slope = 0.2;
     b.training = 1;
     b.stream = width % 2;
-    b.ahead = width % 3 ? 0 : 1024;
     memset(sums, 0, 2 * per_channel * sizeof *sums);
     k->stats[planar](&b);
     h[STATS] = hash(h[STATS], sums, 2 * per_channel, wide);
@@ -154,8 +172,12 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
         if (masked) b.residual = operand(residual, &b, planar, b.x.channel);
         k->apply_beside_stats(&b, &other);
         h[BESIDE] = hash(hash(h[BESIDE], y, count, f), sums, 2 * per_channel, wide);
-        k->spread_coefficients(&b, spread, (int64_t)channels * width);
-        h[COEFFICIENTS] = hash(h[COEFFICIENTS], spread, (int64_t)FASTBN_PLANES * channels * width, arithmetic);
+        b.mask = (fastbn_operand){0};
+        k->apply_adjoining(&b);
+        h[ADJOINING] = hash(h[ADJOINING], y, count, f);
+        k->backward_apply_adjoining(&b);
+        h[BACKWARD_ADJOINING] = hash(h[BACKWARD_ADJOINING], dx, count, f);
+        if (with_residual) h[BACKWARD_ADJOINING] = hash(h[BACKWARD_ADJOINING], dresidual, count, f);
     }
     const fastbn_copy2d copy = {rows, width / 2, x, b.x.row, 2 * f.bytes, copied, width / 2 * f.bytes, f.bytes};
     k->copy2d(&copy);
@@ -171,7 +193,6 @@ int main(void)
     x_shift = room(bytes);
     dy_shift = room(bytes);
     coefficients = room(bytes);
-    spread = room(FASTBN_PLANES * bytes);
     for (int isa = 0; isa < fastbn_isa_count(); isa++) {
         if (!fastbn_isa_available(isa)) continue;
         for (int dtype = 0; dtype < fastbn_dtype_count(); dtype++) {
@@ -190,7 +211,7 @@ int main(void)
                     }
                     fastbn_leave(saved);
                     for (int i = 0; i < KERNELS; i++) {
-                        if ((i == BESIDE || i == BACKWARD_BESIDE) && !planar) continue;
+                        if (i >= BESIDE && i <= BACKWARD_ADJOINING && !planar) continue;
                         printf("%s %s %s %s %s %016llx\n", fastbn_get_isa(isa)->name, fastbn_dtype_code(dtype),
                                planar ? "planar" : "interleaved", kernel_names[i], fastbn_activation_name(activation),
                                (unsigned long long)h[i]);
