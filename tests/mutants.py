@@ -97,7 +97,6 @@ THOROUGH = {
     "test_properties.py::test_property_scale_by_a_power_of_two_changes_no_bit": 1,
 }
 LAST = {  # long ones: with --again only
-    "test_bits.py::test_bits_of_streamed_output": 8,
     "test_cuda.py::test_cuda_activations": 8,
     "test_properties.py::test_property_any_array_is_normalized_as_the_definition_says": 1,
     "test_bits.py::test_bits_do_not_depend_on_alignment": 2,
@@ -618,6 +617,14 @@ ARGUMENTS = """
 - redirect(&dense.x, &buffer, strided, row); redirect(&dense.residual, &buffer, strided, row)
 + redirect(&dense.residual, &buffer, strided, row); redirect(&dense.x, &buffer, strided, row)
 = The parts of a buffer in another order.
+
+- if (stream) {
++ if (!(stream)) {
+= Stores past the caches where plain ones were asked for, and the reverse: the same bytes.
+
+- for (; i < bytes && (uintptr_t)(destination + i) % SIMD_BYTES != 0; i++) destination[i] = source[i];
++ for (; i < bytes && (uintptr_t)(destination + i) / SIMD_BYTES != 0; i++) destination[i] = source[i];
+= No address is below SIMD_BYTES: all bytes are copied one by one, which is slower.
 
 - const int64_t piece = b && next ? PIECE : any->columns;
 + const int64_t piece = b && next ? any->columns : PIECE;
