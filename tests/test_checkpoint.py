@@ -18,7 +18,7 @@ import pytest
 
 from combinations import LONG
 from fastbn import cli, nn
-from fastbn.cli.train import DEFAULTS
+from fastbn.cli.train import DEFAULTS, no_interrupt_lost
 from fastbn.nn import checkpoint
 from fastbn.nn.models import digits_cnn
 
@@ -156,6 +156,22 @@ def test_ctrl_c_exits_with_130_and_can_be_resumed(tmp_path, capsys):
     assert cli.main(["train", "--checkpoint", str(tmp_path / "whole"), "--epochs", str(epochs)]) == 0
     assert numbers(checkpoint.load(tmp_path / "whole").history) == numbers(resumed)
     capsys.readouterr()
+
+
+def test_ctrl_c_that_python_drops_ends_the_training_with_the_next_line(monkeypatch):
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    dropped = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda event: dropped.append(event.exc_type))
+    with no_interrupt_lost() as log:
+        log("before")
+        Dying()
+        assert dropped == [KeyboardInterrupt]
+        with pytest.raises(KeyboardInterrupt):
+            log("after")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_ctrl_c_without_checkpoint_says_that_nothing_was_saved(monkeypatch, capsys):

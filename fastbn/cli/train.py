@@ -6,9 +6,14 @@ import argparse
 import functools
 import importlib.util
 import math
+import signal
 import statistics
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -138,6 +143,32 @@ def build(config: dict[str, Any], data: nn.Dataset) -> tuple[nn.Sequential, Any,
     return model, optimizer, rng
 
 
+@contextmanager
+def no_interrupt_lost() -> Iterator[Callable[[str], None]]:
+    """`print`, for the lines of a training; it raises a KeyboardInterrupt once more that did not end the training:
+    Python drops one that comes while an object is destroyed."""
+    seen = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    def log(line: str) -> None:
+        print(line)
+        if seen:
+            raise KeyboardInterrupt
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield log
+        return
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield log
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def train_network(
     config: dict[str, Any], data: nn.Dataset, saved: checkpoint.Checkpoint | None, save_to: Path | None
 ) -> tuple[nn.Sequential, list[dict[str, Any]]]:
@@ -148,19 +179,21 @@ def train_network(
         saved.restore(model, optimizer, rng)
         history = saved.history
     changes = {"shift": config["shift"], "flip": config["flip"], "layout": config["layout"]}
-    nn.fit(
-        model,
-        optimizer,
-        data.in_layout(config["layout"]),
-        epochs=config["epochs"],
-        batch_size=config["batch_size"],
-        rng=rng,
-        schedule=SCHEDULES[config["schedule"]](config["epochs"]),
-        augment=functools.partial(nn.augment, **changes) if config["shift"] or config["flip"] else None,
-        history=history,
-        save_to=save_to,
-        config=config,
-    )
+    with no_interrupt_lost() as log:
+        nn.fit(
+            model,
+            optimizer,
+            data.in_layout(config["layout"]),
+            epochs=config["epochs"],
+            batch_size=config["batch_size"],
+            rng=rng,
+            schedule=SCHEDULES[config["schedule"]](config["epochs"]),
+            augment=functools.partial(nn.augment, **changes) if config["shift"] or config["flip"] else None,
+            history=history,
+            save_to=save_to,
+            config=config,
+            log=log,
+        )
     return model, history
 
 
