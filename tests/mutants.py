@@ -330,7 +330,7 @@ class Builder:
         self.package = folder / "run" / "fastbn"
         shutil.rmtree(self.package, ignore_errors=True)
         shutil.copytree(in_python("import fastbn; print(fastbn.__path__[0])"), self.package)
-        self.library = next(self.package.glob("_core*.so"))
+        self.extension = next(self.package.glob("_core*.so"))
         isas = setup["isa_rows"](platform.machine())
         common = ["-g0", "-w", "-fPIC", "-fwrapv", "-std=gnu11", "-DNDEBUG", "-fvisibility=hidden", *setup["NUMERICS"]]
         includes = [f"-I{path}" for path in (ROOT / "src_c", numpy.get_include(), sysconfig.get_paths()["include"])]
@@ -370,8 +370,8 @@ class Builder:
             unit: self.compile(unit, text, level if unit in changed else "-O0") for unit, text in self.originals.items()
         }
         mutated = {unit: self.compile(unit, text, level) for unit, text in changed.items()}
-        self.library.unlink(missing_ok=True)
-        call(CC, "-shared", *(objects | mutated).values(), "-o", self.library, "-fopenmp")
+        self.extension.unlink(missing_ok=True)
+        call(CC, "-shared", *(objects | mutated).values(), "-o", self.extension, "-fopenmp")
         different = [unit for unit in mutated if mutated[unit].read_bytes() != objects[unit].read_bytes()]
         for unit in different:
             mutated[unit].unlink()
@@ -489,147 +489,7 @@ class Sampler:
 # All of them
 
 # Mutants that are no bugs: what was, what it becomes, and why no test can notice it.
-ARGUMENTS = """
-- for (; n < count; n += columns) v = A(select)(A(head)((int)n), v, A(splat)(*++coefficient));
-+ for (; n <= count; n += columns) v = A(select)(A(head)((int)n), v, A(splat)(*++coefficient));
-= Changes lanes from `count` on, which are not stored; the coefficient that is read in vain stands in the scratch.
-
-- for (; end <= column; end += b->columns) r.coefficients++;
-+ for (; end < column; end += b->columns) r.coefficients++;
-= At the end of a plane the step is taken one vector later: until then `mix` selects the next plane for all lanes.
-
-- const F(normalizer) no_normalizer = {NUMBER(0), NUMBER(0), NUMBER(0), NUMBER(0)};
-+ const F(normalizer) no_normalizer = {NUMBER(0), NUMBER(0), NUMBER(1), NUMBER(0)};
-= Interleaved kernels load the coefficients of each vector over it before they use it.
-
-- while row < last:
-+ while row <= last:
-= One more call of the kernel, with no rows.
-
-- reduced = planar_block(job, channel, channels, block, False)
-+ reduced = planar_block(job, channel, channels, block, True)
-= Sets operands that no kernel for sums reads.
-
-- return least(head, columns);
-+ return least(head, (columns + 1));
-= Where the head is the whole row, what is left of it is no value or minus one: the loops over it do nothing either way.
-
-- float lanes[WIDTH_f64] = {0};
-+ float lanes[WIDTH_f32] = {0};
-= A buffer longer than what is read of it.
-
-- const F(normalizer) c = F(load_normalizer)(r, 1, 0, F(WIDTH));
-+ const F(normalizer) c = F(load_normalizer)(r, 2, 0, F(WIDTH));
-= A truth value: 2 is as true as 1.
-
-- cdef int64_t task, tasks = min(units, <int64_t>threads * TASKS_PER_THREAD)
-+ cdef int64_t task, tasks = min(units, <int64_t>TASKS_PER_THREAD)
-= Other ranges of units for the threads; which thread does a unit changes no bit, only the time.
-
-- const int64_t channels = b && next && next->channels > b->channels ? next->channels : any->channels;
-+ const int64_t channels = b && next && next->channels >= b->channels ? next->channels : any->channels;
-= Where both are equal, it does not matter which is taken.
-
-- return n < 0 ? 0 : n < width ? (int)n : width;
-+ return n < 0 ? 0 : n <= width ? (int)n : width;
-= Where both are equal, it does not matter which is taken.
-
-- PHASE_UNIT_BYTES = 512 << 10
-+ PHASE_UNIT_BYTES = 10 << 512
-= Whatever the number is, groups have one channel at least; which channels go together changes no bit, only the time.
-
-- c = F(load_normalizer)(r, 1, 0, F(WIDTH));
-+ c = F(load_normalizer)(r, 2, 0, F(WIDTH));
-= A truth value: 2 is as true as 1.
-
-- if (column < any->columns) {
-+ if (column < (any->columns + 1)) {
-= Behind the last column there are no values left: the loops over them do nothing.
-
-- c = F(load_normalizer)(r, 1, 0, F(WIDTH));
-+ c = F(load_normalizer)(r, 1, 0, (F(WIDTH) / 2));
-= Planar: the coefficient of the channel goes to all lanes; their number is read for interleaved rows only.
-
-- shift_channels(job, thread, channel, channel + channels); mapping = group > first and job.map != NULL
-+ mapping = group > first and job.map != NULL; shift_channels(job, thread, channel, channel + channels)
-= Neither uses what the other sets.
-
-- if (column + F(WIDTH) <= end && column < total) {
-+ if (column <= end && column < total) {
-= Coefficients are loaded for loops that then find no whole vector.
-
-- block = job.blocks - 1 - i if (group - first) % 2 else i
-+ block = job.blocks - 1 - i if (group + first) % 2 else i
-= A sum is odd where the difference is.
-
-- if (head > 0 && kind->mask) kind->stream = 0;
-+ if (head >= 0 && kind->mask) kind->stream = 0;
-= The same values, stored through the caches.
-
-- job.group = max(1, min(unit // (values * job.kernels.itemsize), job.channels // job.threads))
-+ job.group = max(2, min(unit // (values * job.kernels.itemsize), job.channels // job.threads))
-= Groups of other sizes: which channels go together changes no bit, only the time.
-
-- if (column < any->columns) {
-+ if (column <= any->columns) {
-= Behind the last column there are no values left: the loops over them do nothing.
-
-- step = max(1, PACKED_VALUES // columns) if job.packed else last - row
-+ step = (PACKED_VALUES // columns) if job.packed else last - row
-= Packed columns are at most GROUP_COLUMNS, a quarter of PACKED_VALUES: the quotient is never below 4.
-
-- const int64_t count = least(piece, any->columns - next_column);
-+ const int64_t count = (any->columns - next_column);
-= All columns at once and not in pieces of whole lanes: the same additions to the same lanes.
-
-- job.map_rows = max(1, UNIT_BYTES // (job.width * job.kernels.itemsize))
-+ job.map_rows = max(1, (UNIT_BYTES + 1) // (job.width * job.kernels.itemsize))
-= Units of other sizes: map changes each value by itself.
-
-- if (WHOLE(n, WIDTH_f32)) return load_f32(p);
-+ ;
-= The way for any n gives the same for a whole vector.
-
-- M(store_head)(r.dx + at, v, n); if (kind.dresidual) M(store_head)(r.dresidual + at, g, n);
-+ if (kind.dresidual) M(store_head)(r.dresidual + at, g, n); M(store_head)(r.dx + at, v, n);
-= Two stores to arrays that share no memory.
-
-- return 4 * ceil_div(channels, threads) * threads <= 5 * channels
-+ return 4 * threads <= 5 * channels
-= Whether three steps go channel by channel or in phases: other order, the same sums of the same blocks.
-
-- return 32 << 20;
-+ return 32 >> 20;
-= Another limit for stores past the caches: the same values.
-
-- return 32 << 20;
-+ return 20 << 32;
-= Another limit for stores past the caches: the same values.
-
-- return least(head, columns);
-+ return (head);
-= Where the head is the whole row, what is left of it is no value or less than none: the loops over it do nothing.
-
-- place(job, &b, row, channel, inner, mapping); b.sums = job.sums + block * 2 * job.width + channel
-+ b.sums = job.sums + block * 2 * job.width + channel; place(job, &b, row, channel, inner, mapping)
-= `place` neither reads nor sets `sums`.
-
-- redirect(&dense.x, &buffer, strided, row); redirect(&dense.residual, &buffer, strided, row)
-+ redirect(&dense.residual, &buffer, strided, row); redirect(&dense.x, &buffer, strided, row)
-= The parts of a buffer in another order.
-
-- if (stream) {
-+ if (!(stream)) {
-= Stores past the caches where plain ones were asked for, and the reverse: the same bytes.
-
-- for (; i < bytes && (uintptr_t)(destination + i) % SIMD_BYTES != 0; i++) destination[i] = source[i];
-+ for (; i < bytes && (uintptr_t)(destination + i) / SIMD_BYTES != 0; i++) destination[i] = source[i];
-= No address is below SIMD_BYTES: all bytes are copied one by one, which is slower.
-
-- const int64_t piece = b && next ? PIECE : any->columns;
-+ const int64_t piece = b && next ? any->columns : PIECE;
-= Pieces of whole lanes and groups, or no pieces: the same additions to the same lanes.
-"""
+ARGUMENTS = Path(__file__).with_name("equivalent_mutants.txt").read_text()
 
 
 def key(before: str, after: str) -> tuple[str, str]:

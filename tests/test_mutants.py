@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 import mutants
-from mutants import COUNT, EQUIVALENT, FILES, PAGE, QUICK, RESULTS, ROOT, RULES, THOROUGH
+from mutants import COUNT, EQUIVALENT, FILES, LAST, PAGE, QUICK, RESULTS, ROOT, RULES, THOROUGH
 
 in_source_tree = pytest.mark.skipif(not (ROOT / "src_c").exists(), reason="not a source tree")
 recorded = pytest.mark.skipif(not RESULTS.exists() or not PAGE.exists(), reason="not a source tree")
@@ -120,7 +120,7 @@ def test_mutants_are_drawn_by_the_seed_from_every_file_and_rule():
 
 @in_source_tree
 def test_mutants_meet_tests_that_exist():
-    for test in {**QUICK, **THOROUGH}:
+    for test in {**QUICK, **THOROUGH, **LAST}:
         file, _, name = test.partition("::")
         assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), test
 
