@@ -90,13 +90,13 @@ def make_problem(
     return Problem(x, dy, residual, gamma, beta, running)
 
 
-def activation_slope(problem: Problem, activation: str) -> Any:
+def activation_slope(problem: Problem, activation: str, **options: Any) -> Any:
     """The slope at the values that the library has applied the activation to, in the arithmetic of the dtype: they may
     be a rounding away from the reference's, on the other side of a kink."""
     if problem.x.dtype.itemsize == 2:
         wide = (None if a is None else a.astype(np.float32) for a in (problem.x, problem.dy, problem.residual))
         problem = Problem(*wide, *problem[3:])
-    v, _ = problem.forward("identity")
+    v, _ = problem.forward("identity", **options)
     return fastbn.reference.ACTIVATIONS[activation][1](v.astype(np.float64), fastbn.reference.NEGATIVE_SLOPE)
 
 
