@@ -22,14 +22,10 @@ cdef extern from "fastbn.h" nogil:
         FASTBN_PLANAR_BLOCK
         FASTBN_FOLD_BELOW
         FASTBN_ALIGNMENT
-        FASTBN_MEAN_HI
-        FASTBN_MEAN_LO
-        FASTBN_SCALE
-        FASTBN_BETA
-        FASTBN_GRADIENT_HI
-        FASTBN_GRADIENT_LO
-        FASTBN_SLOPE
         FASTBN_PLANES
+
+    ctypedef struct fastbn_coefficients:
+        double mean, mean_lo, scale, beta, gradient, gradient_lo, slope
 
     ctypedef struct fastbn_operand:
         char *data
@@ -68,7 +64,7 @@ cdef extern from "fastbn.h" nogil:
         fastbn_kernel *backward_apply_adjoining
         fastbn_pair *apply_beside_stats
         fastbn_pair *backward_apply_beside_stats
-        void (*round_coefficients)(const double *values, void *coefficients, int64_t plane) noexcept nogil
+        void (*round_coefficients)(const fastbn_coefficients *exact, void *coefficients, int64_t plane) noexcept nogil
         void (*copy2d)(const fastbn_copy2d *) noexcept nogil
 
     ctypedef struct fastbn_isa:

@@ -38,29 +38,31 @@ cdef void add_blocks(Job *job, int64_t channel, double *first, double *second) n
     second[0] = total[1] + usable_shift(lost[1])
 
 
-cdef void write_coefficients(Job *job, int64_t channel, double *values) noexcept nogil:
+cdef void write_coefficients(Job *job, int64_t channel, const fastbn_coefficients *exact) noexcept nogil:
     cdef int64_t k
     for k in range(job.fold):
         job.kernels.round_coefficients(
-            values, job.coefficients + (channel + k * job.channels) * job.kernels.coefficient_size, job.width)
+            exact, job.coefficients + (channel + k * job.channels) * job.kernels.coefficient_size, job.width)
 
 
-cdef void normalizer(Job *job, int64_t channel, double *values) noexcept nogil:
+cdef fastbn_coefficients normalizer(Job *job, int64_t channel) noexcept nogil:
     """The coefficients of forward, which backward needs to find where the gradient passes."""
-    values[FASTBN_MEAN_HI] = job.statistics[STATISTICS_MEAN * job.channels + channel]
-    values[FASTBN_MEAN_LO] = job.statistics[STATISTICS_MEAN_LO * job.channels + channel]
-    values[FASTBN_SCALE] = job.statistics[STATISTICS_RSTD * job.channels + channel]
+    cdef fastbn_coefficients exact
+    exact.mean = job.statistics[STATISTICS_MEAN * job.channels + channel]
+    exact.mean_lo = job.statistics[STATISTICS_MEAN_LO * job.channels + channel]
+    exact.scale = job.statistics[STATISTICS_RSTD * job.channels + channel]
     if job.gamma != NULL:
-        values[FASTBN_SCALE] *= job.gamma[channel]
-    values[FASTBN_BETA] = job.beta[channel] if job.beta != NULL else 0
-    values[FASTBN_GRADIENT_HI] = values[FASTBN_GRADIENT_LO] = values[FASTBN_SLOPE] = 0
+        exact.scale *= job.gamma[channel]
+    exact.beta = job.beta[channel] if job.beta != NULL else 0
+    exact.gradient = exact.gradient_lo = exact.slope = 0
+    return exact
 
 
 cdef bint finish_forward(Job *job, int64_t channel, bint again) noexcept nogil:
     """Mean, variance and coefficients. True if the sums must be redone with the mean as shift: the first value was too
     far from it for sum(d^2) - sum(d)^2 / n to keep its digits (Chan, Golub and LeVeque 1983)."""
     cdef double count = <double>(job.outer * job.inner), shift, delta, m2, square
-    cdef double values[FASTBN_PLANES]
+    cdef fastbn_coefficients exact
     cdef double *mean = job.statistics + STATISTICS_MEAN * job.channels + channel
     cdef double *mean_lo = job.statistics + STATISTICS_MEAN_LO * job.channels + channel
     cdef double *var = job.statistics + STATISTICS_VAR * job.channels + channel
@@ -81,8 +83,8 @@ cdef bint finish_forward(Job *job, int64_t channel, bint again) noexcept nogil:
             return True
     if not job.statistics_only:
         job.statistics[STATISTICS_RSTD * job.channels + channel] = 1 / sqrt(var[0] + job.eps)
-        normalizer(job, channel, values)
-        write_coefficients(job, channel, values)
+        exact = normalizer(job, channel)
+        write_coefficients(job, channel, &exact)
     return False
 
 
@@ -102,17 +104,16 @@ cdef bint finish_backward(Job *job, int64_t channel, bint again) noexcept nogil:
     """dgamma, dbeta and the coefficients of dx. The sums are of e = g - shift and of e * (x - mean_hi); as the
     deviations x - mean add to zero, sum(e * (x - mean)) is sum(g * (x - mean)), and an offset of g costs no digits."""
     cdef double count = <double>(job.outer * job.inner), sum_e, sum_ed, rstd
-    cdef double values[FASTBN_PLANES]
-    normalizer(job, channel, values)
+    cdef fastbn_coefficients exact = normalizer(job, channel)
     if job.reduce == NULL:  # with given statistics, dx needs no sums
-        write_coefficients(job, channel, values)
+        write_coefficients(job, channel, &exact)
         return False
     add_blocks(job, channel, &sum_e, &sum_ed)
     rstd = job.statistics[STATISTICS_RSTD * job.channels + channel]
-    sum_ed -= values[FASTBN_MEAN_LO] * sum_e
+    sum_ed -= exact.mean_lo * sum_e
     job.dbeta[channel] = count * job.dy_shift[channel] + sum_e
     job.dgamma[channel] = rstd * sum_ed
-    two_sum(job.dy_shift[channel], sum_e / count, &values[FASTBN_GRADIENT_HI], &values[FASTBN_GRADIENT_LO])
-    values[FASTBN_SLOPE] = rstd * rstd * (sum_ed / count)
-    write_coefficients(job, channel, values)
+    two_sum(job.dy_shift[channel], sum_e / count, &exact.gradient, &exact.gradient_lo)
+    exact.slope = rstd * rstd * (sum_ed / count)
+    write_coefficients(job, channel, &exact)
     return False

@@ -80,8 +80,10 @@ cdef struct Job:
 cdef enum:
     # Values that a thread packs at once: no block of a channel and no folded row is larger.
     PACKED_VALUES = FASTBN_PLANAR_BLOCK
-    # Columns of a group where interleaved rows are wide; at most PACKED_VALUES.
+    # Columns of a group where interleaved rows are wide; at most PACKED_VALUES. Fewer where there are few blocks, but
+    # as many as are whole lines of the cache.
     GROUP_COLUMNS = 1024
+    LEAST_COLUMNS = 128
     # Bytes of x in a unit of planar channels. All three steps: with y (or dy and dx) it fits an L2 cache of a
     # megabyte. One step: long pieces of memory, enough units for all threads.
     UNIT_BYTES = 192 << 10
@@ -295,11 +297,11 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
     """The shifts of a range of channels. The kernels give the first values: sums over one value with shifts of 0."""
     cdef fastbn_block b
     cdef int64_t channel, k
-    cdef double values[FASTBN_PLANES]
+    cdef fastbn_coefficients exact
     if job.dy.data != NULL:  # where an activation has let the gradient pass is found from x
         for channel in range(first, last):
-            normalizer(job, channel, values)
-            write_coefficients(job, channel, values)
+            exact = normalizer(job, channel)
+            write_coefficients(job, channel, &exact)
     memset(job.x_shift + first, 0, (last - first) * sizeof(double))
     memset(job.dy_shift + first, 0, (last - first) * sizeof(double))
     if job.planar:
@@ -430,6 +432,12 @@ cdef bint is_strided(Job *job, const Array *array) noexcept nogil:
     return array.channel != size or (job.fold > 1 and job.outer > 1 and array.outer != job.channels * size)
 
 
+cdef bint has_whole_lines(Job *job, const Array *array) noexcept nogil:
+    """Whether interleaved rows begin and end with a line of the cache."""
+    return array.data == NULL or ((<int64_t>array.data | job.fold * array.outer | job.width * job.kernels.itemsize)
+                                  & (FASTBN_ALIGNMENT - 1)) == 0
+
+
 cdef bint is_dense(Job *job, const Array *array) noexcept nogil:
     """Whether the planes of neighbouring channels adjoin."""
     return array.data == NULL or (array.inner == job.kernels.itemsize and array.channel == job.inner * array.inner)
@@ -489,16 +497,23 @@ cdef void cut(Job *job) noexcept nogil:
         rows = job.outer // job.fold
         job.blocks = ceil_div(rows, job.kernels.interleaved_block) + (rows * job.fold < job.outer)
         job.group = GROUP_COLUMNS if job.fold == 1 else job.width
+        while (job.fold == 1 and job.group > LEAST_COLUMNS
+               and job.blocks * ceil_div(job.width, job.group) < 2 * job.threads * TASKS_PER_THREAD):
+            job.group //= 2
         job.groups = ceil_div(job.width, job.group)
     job.units = job.map_units = job.groups * job.blocks
     if not job.planar:
         job.map_rows = max(1, UNIT_BYTES // (job.width * job.kernels.itemsize))
         job.map_units = ceil_div(rows, job.map_rows) + (rows * job.fold < job.outer)
     job.beside = job.by_channel and not job.packed and run >= BESIDE_BYTES
-    # Streaming pays where y is too large to be found in a cache later, and runs are long enough to fill whole lines.
+    # Streaming pays where y is too large to be found in a cache later, and rows consist of whole lines of the cache, or
+    # are so long that the lines at their ends do not matter.
     written = job.y.data if job.dy.data == NULL else job.dx.data
     job.stream = (written != NULL and written != job.x.data and written != job.residual.data and written != job.dy.data
-                  and total >= fastbn_stream_bytes() and (not job.planar or job.adjoining or run >= BESIDE_BYTES))
+                  and total >= fastbn_stream_bytes()
+                  and (job.adjoining or (run if job.planar else job.width * job.kernels.itemsize) >= BESIDE_BYTES
+                       or (not job.planar and has_whole_lines(job, &job.y) and has_whole_lines(job, &job.dx)
+                           and has_whole_lines(job, &job.dresidual))))
 
 
 cdef inline int64_t aligned(int64_t size) noexcept nogil:

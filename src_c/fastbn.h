@@ -27,16 +27,24 @@ enum {
 /* Alignment of our own buffers: a cache line, and the widest register. */
 enum { FASTBN_ALIGNMENT = 64 };
 
-/* Planes of per-channel coefficients in the dtype of the arithmetic; the first four serve forward. */
+/* What forward and backward know of a channel; a mean is the unevaluated sum of two numbers. */
+typedef struct fastbn_coefficients {
+    double mean, mean_lo;
+    double scale; /* gamma * rstd */
+    double beta;
+    double gradient, gradient_lo; /* mean of g */
+    double slope;                 /* rstd^2 * mean(g * (x - mean)) */
+} fastbn_coefficients;
+
+/* The same as kernels use it: planes in the dtype of the arithmetic, of which the first three serve forward. What the
+ * rounding of a mean loses is no number of its own there: it is taken from what is added last. */
 enum {
-    FASTBN_MEAN_HI,
-    FASTBN_MEAN_LO,
+    FASTBN_MEAN,
     FASTBN_SCALE,
-    FASTBN_BETA,
-    FASTBN_FORWARD_PLANES,
-    FASTBN_GRADIENT_HI = FASTBN_FORWARD_PLANES, /* mean of g, split like the mean of x */
-    FASTBN_GRADIENT_LO,
-    FASTBN_SLOPE, /* rstd^2 * mean(g * (x - mean)) */
+    FASTBN_OFFSET, /* beta - lost * scale, lost = what the rounding of the mean has lost */
+    FASTBN_GRADIENT,
+    FASTBN_SLOPE,
+    FASTBN_REST, /* what the rounding of the mean of g has lost, less lost * slope */
     FASTBN_PLANES
 };
 
@@ -91,8 +99,8 @@ typedef struct fastbn_kernels {
     fastbn_kernel *apply_adjoining, *backward_apply_adjoining;
     /* Planar, both for the same rows and columns: the first kernel's work on one block, the second's on another. */
     fastbn_pair *apply_beside_stats, *backward_apply_beside_stats;
-    /* Round the coefficients of one channel (float64, means as unevaluated sums hi + lo) into their planes. */
-    void (*round_coefficients)(const double values[FASTBN_PLANES], void *coefficients, int64_t plane);
+    /* Round the coefficients of one channel into their planes. */
+    void (*round_coefficients)(const fastbn_coefficients *exact, void *coefficients, int64_t plane);
     void (*copy2d)(const fastbn_copy2d *);
 } fastbn_kernels;
 

@@ -118,13 +118,18 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
     fill(residual, count, f, hostile, 3 + width);
     fill(dy, count, f, hostile, 4 + width);
     for (int64_t i = 0; i < per_channel; i++) {
-        double values[FASTBN_PLANES];
-        for (int j = 0; j < FASTBN_PLANES; j++) values[j] = (double)(next_random(&seed) % 4001) / 1536 - 1.25;
-        values[FASTBN_MEAN_LO] *= 0x1p-30;
-        values[FASTBN_GRADIENT_LO] *= 0x1p-30;
-        k->round_coefficients(values, (char *)coefficients + i * k->coefficient_size, per_channel);
-        x_shift[i] = values[FASTBN_MEAN_HI];
-        dy_shift[i] = values[FASTBN_GRADIENT_HI];
+        double drawn[7];
+        for (int j = 0; j < 7; j++) drawn[j] = (double)(next_random(&seed) % 4001) / 1536 - 1.25;
+        const fastbn_coefficients exact = {.mean = drawn[0],
+                                           .mean_lo = drawn[1] * 0x1p-30,
+                                           .scale = drawn[2],
+                                           .beta = drawn[3],
+                                           .gradient = drawn[4],
+                                           .gradient_lo = drawn[5] * 0x1p-30,
+                                           .slope = drawn[6]};
+        k->round_coefficients(&exact, (char *)coefficients + i * k->coefficient_size, per_channel);
+        x_shift[i] = exact.mean;
+        dy_shift[i] = exact.gradient;
     }
     h[COEFFICIENTS] = hash(h[COEFFICIENTS], coefficients, FASTBN_PLANES * per_channel, arithmetic);
 

@@ -111,11 +111,12 @@ OPERAND = rf"(?<![\w.])(?:(?:[A-Z]\(\w+\)|[A-Za-z_][\w.]*(?:->\w+)*)(?:{PAREN})?
 ARGUMENT = r"(?:[^,()]+|[^,()]*\([^()]*\)[^,()]*)"
 # Names that a tired author takes for one another.
 TWINS = (
-    "rows columns, row channel, row column, outer inner, block row, channel column, first last, first second, hi lo,"
-    "mean_hi mean_lo, g_hi g_lo, MEAN_HI MEAN_LO, GRADIENT_HI GRADIENT_LO, sum product, sums squares, sum square, x dy,"
-    "x residual, y dx, dx dresidual, x_shift dy_shift, source destination, map reduce, SCALE BETA, delta square,"
-    "dgamma dbeta, gamma beta, units map_units, group groups, fold channels, width channels, mean var, applied summed,"
-    "count columns, scale beta, where_open where_shut, low high, yes no, least greatest, sum_e sum_ed, b next"
+    "rows columns, row channel, row column, outer inner, block row, channel column, first last, first second, hi lo, "
+    "mean mean_lo, gradient gradient_lo, gradient rest, MEAN GRADIENT, OFFSET REST, sum product, sums squares, sum "
+    "square, x dy, x residual, y dx, dx dresidual, x_shift dy_shift, source destination, map reduce, SCALE OFFSET, "
+    "scale offset, delta square, dgamma dbeta, gamma beta, units map_units, group groups, fold channels, width "
+    "channels, mean var, applied summed, count columns, scale beta, where_open where_shut, low high, yes no, least "
+    "greatest, sum_e sum_ed, b next"
 )
 PAIRS = [tuple(pair.split()) for pair in TWINS.split(",")]
 

@@ -128,9 +128,9 @@ def add_splits(partials, sums, geometry, tile_start, first):
 
 
 @cuda.jit(device=True)
-def affine(x, mean_hi, mean_lo, scale, beta):
+def affine(x, mean, scale, offset):
     """What is activated, without the residual; written once, so that backward rounds as forward has."""
-    return ((x - mean_hi) - mean_lo) * scale + beta
+    return (x - mean) * scale + offset
 
 
 @cuda.jit(device=True)

@@ -168,11 +168,10 @@ def forward(variant: Variant) -> Any:
                         var = parameter(running_var, channel, 1.0)
                     rstd = 1.0 / sqrt(var + eps)
                     weight, bias = parameter(gamma, channel, 1.0), parameter(beta, channel, 0.0)
-                    high = real(mean)
-                    coefficients[0, index] = high
-                    coefficients[1, index] = real((mean - np.float64(high)) + mean_lo)
-                    coefficients[2, index] = real(weight * rstd)
-                    coefficients[3, index] = real(bias)
+                    coefficients[0, index] = real(mean)
+                    coefficients[1, index] = real(weight * rstd)
+                    lost = (mean - np.float64(real(mean))) + mean_lo
+                    coefficients[2, index] = real(bias - finite(lost * (weight * rstd)))
                     if split == 0 and tile_start + index < channels:  # each channel once
                         poke_f64(statistics + 8 * (MEAN * channels + channel), mean)
                         poke_f64(statistics + 8 * (MEAN_LO * channels + channel), mean_lo)
@@ -191,11 +190,11 @@ def forward(variant: Variant) -> Any:
             added = cuda.local.array(read, real)
             outers = cuda.local.array(loads, np.int64)
             inners = cuda.local.array(loads, np.int64)
-            terms = cuda.local.array((4, lanes), real)
+            terms = cuda.local.array((3, lanes), real)
             if active and start < stop:
                 for lane in range(lanes):
                     index = 0 if planar else (unit * lanes + lane - tile_start) % table
-                    for term in range(4):
+                    for term in range(3):
                         terms[term, lane] = coefficients[term, index]
                 i = start + (stop - 1 - start) // rows * rows
                 outer, inner = i // runs, i % runs
@@ -217,9 +216,7 @@ def forward(variant: Variant) -> Any:
                             bits = 0
                             for v in range(width):
                                 lane, at = v % lanes, k * width + v
-                                value = affine(
-                                    values[at], terms[0, lane], terms[1, lane], terms[2, lane], terms[3, lane]
-                                )
+                                value = affine(values[at], terms[0, lane], terms[1, lane], terms[2, lane])
                                 if has_residual:
                                     value += added[at]
                                 if has_mask and is_open(value, value, slope):
@@ -281,13 +278,13 @@ def backward(variant: Variant) -> Any:
         shifts, partials = scratch, scratch + 8 * channels
 
         sums = cuda.shared.array((planes, threads), np.float64)
-        coefficients = cuda.shared.array((7, table_size), real)
+        coefficients = cuda.shared.array((6, table_size), real)
         values = cuda.local.array(read, real)
         gradients = cuda.local.array(read, real)
         added = cuda.local.array(read, real)
         outers = cuda.local.array(loads, np.int64)
         inners = cuda.local.array(loads, np.int64)
-        terms = cuda.local.array((7, lanes), real)
+        terms = cuda.local.array((6, lanes), real)
         total = cuda.local.array(planes, np.float64)
         shift = cuda.local.array(lanes, np.float64)
         mean = cuda.local.array(lanes, np.float64)
@@ -308,15 +305,14 @@ def backward(variant: Variant) -> Any:
         for index in range(thread, table, threads):
             channel = (tile_start + index) % channels
             center = peek_f64(statistics + 8 * (MEAN * channels + channel))
-            rest = peek_f64(statistics + 8 * (MEAN_LO * channels + channel))
             rstd = peek_f64(statistics + 8 * (RSTD * channels + channel))
-            weight = peek_f64(statistics + 8 * (GAMMA * channels + channel))
-            high = real(center)
-            coefficients[0, index] = high
-            coefficients[1, index] = real((center - np.float64(high)) + rest)
-            coefficients[2, index] = real(weight * rstd)
-            coefficients[3, index] = real(peek_f64(statistics + 8 * (BETA * channels + channel)))
-            for term in range(4, 7):
+            scale = peek_f64(statistics + 8 * (GAMMA * channels + channel)) * rstd
+            bias = peek_f64(statistics + 8 * (BETA * channels + channel))
+            lost = (center - np.float64(real(center))) + peek_f64(statistics + 8 * (MEAN_LO * channels + channel))
+            coefficients[0, index] = real(center)
+            coefficients[1, index] = real(scale)
+            coefficients[2, index] = real(bias - finite(lost * scale))
+            for term in range(3, 6):
                 coefficients[term, index] = real(0)
         cuda.syncthreads()
 
@@ -329,17 +325,21 @@ def backward(variant: Variant) -> Any:
                     if thread < wide and index < table:
                         channel = (tile_start + index) % channels
                         rstd = peek_f64(statistics + 8 * (RSTD * channels + channel))
-                        b -= peek_f64(statistics + 8 * (MEAN_LO * channels + channel)) * a
+                        mean_lo = peek_f64(statistics + 8 * (MEAN_LO * channels + channel))
+                        b -= mean_lo * a
                         first_dy = peek_f64(shifts + 8 * channel)
                         if split == 0 and tile_start + index < channels:
                             set_parameter(dbeta, channel, per_channel * first_dy + a)
                             set_parameter(dgamma, channel, rstd * b)
                         if training:
-                            center, rest = two_sum(first_dy, a / per_channel)
-                            high = real(center)
-                            coefficients[4, index] = high
-                            coefficients[5, index] = real((center - np.float64(high)) + rest)
-                            coefficients[6, index] = real(rstd * rstd * (b / per_channel))
+                            high, low = two_sum(first_dy, a / per_channel)
+                            center = peek_f64(statistics + 8 * (MEAN * channels + channel))
+                            lost = (center - np.float64(real(center))) + mean_lo
+                            lost_of_g = (high - np.float64(real(high))) + low
+                            steepness = rstd * rstd * (b / per_channel)
+                            coefficients[3, index] = real(high)
+                            coefficients[4, index] = real(steepness)
+                            coefficients[5, index] = real(finite(lost_of_g) - finite(lost * steepness))
                 cuda.syncthreads()
 
             for plane in range(planes):
@@ -348,7 +348,7 @@ def backward(variant: Variant) -> Any:
                 for lane in range(lanes):
                     channel = (unit * lanes + lane) % channels
                     index = 0 if planar else (unit * lanes + lane - tile_start) % table
-                    for term in range(7):
+                    for term in range(6):
                         terms[term, lane] = coefficients[term, index]
                     mean[lane] = peek_f64(statistics + 8 * (MEAN * channels + channel))
                     shift[lane] = 0.0
@@ -399,9 +399,7 @@ def backward(variant: Variant) -> Any:
                                     if has_mask:
                                         through = bits >> v & 1 != 0
                                     else:
-                                        value = affine(
-                                            values[at], terms[0, lane], terms[1, lane], terms[2, lane], terms[3, lane]
-                                        )
+                                        value = affine(values[at], terms[0, lane], terms[1, lane], terms[2, lane])
                                         if has_residual:
                                             value += added[at]
                                         through = is_open(value, value, slope)
@@ -413,9 +411,9 @@ def backward(variant: Variant) -> Any:
                                 else:
                                     gradients[at] = g
                                     if training:
-                                        d = (values[at] - terms[0, lane]) - terms[1, lane]
-                                        g = ((g - terms[4, lane]) - terms[5, lane]) - d * terms[6, lane]
-                                    values[at] = g * terms[2, lane]
+                                        d = values[at] - terms[0, lane]
+                                        g = (g - terms[3, lane]) - (d * terms[4, lane] + terms[5, lane])
+                                    values[at] = g * terms[1, lane]
                             if phase == MAP:
                                 place = outers[k] * dx_outer + inners[k] * dx_inner
                                 store(dx_address + unit * dx_unit + place, values, k * width)
