@@ -64,6 +64,7 @@ QUICK = {
     "test_backward.py::test_offsets_of_x_and_dy_cost_no_digits": 4,
     "test_forward.py::test_hostile_data_stay_in_their_channel": 12,
     "test_guard_pages.py::test_nothing_beyond_the_arrays_is_touched": 4,
+    "test_dispatch.py::test_dispatch_gives_a_processor_what_it_knows": 6,
 }
 THOROUGH = {
     "test_bits.py::test_bits_of_a_drawn_call": 60,
@@ -90,9 +91,10 @@ THOROUGH = {
     "test_backward.py::test_gradients_of_every_tail": 60,
     "test_guard_pages.py::test_nothing_beyond_the_arrays_is_touched": 8,
     "test_bits.py::test_bits_do_not_depend_on_isa_or_threads": 16,
-    "test_bits.py::test_bits_of_a_channel_are_those_that_it_has_alone": 12,
+    "test_bits.py::test_bits_of_a_channel_are_those_that_it_has_alone": 24,
     "test_bits.py::test_bits_in_place_and_repeated": 4,
-    "test_bits.py::test_bits_of_a_view_are_those_of_its_copy": 8,
+    "test_bits.py::test_bits_of_a_view_are_those_of_its_copy": 24,
+    "test_bits.py::test_bits_of_streamed_output": 8,
     "test_forward.py::test_an_outlier_as_first_value_does_not_spoil_the_variance": 6,
     "test_properties.py::test_property_scale_by_a_power_of_two_changes_no_bit": 1,
 }
@@ -333,7 +335,18 @@ class Builder:
         shutil.copytree(in_python("import fastbn; print(fastbn.__path__[0])"), self.package)
         self.extension = next(self.package.glob("_core*.so"))
         isas = setup["isa_rows"](platform.machine())
-        common = ["-g0", "-w", "-fPIC", "-fwrapv", "-std=gnu11", "-DNDEBUG", "-fvisibility=hidden", *setup["NUMERICS"]]
+        # An overflow of an array on the stack is a crash.
+        common = [
+            "-fstack-protector-strong",
+            "-g0",
+            "-w",
+            "-fPIC",
+            "-fwrapv",
+            "-std=gnu11",
+            "-DNDEBUG",
+            "-fvisibility=hidden",
+            *setup["NUMERICS"],
+        ]
         includes = [f"-I{path}" for path in (ROOT / "src_c", numpy.get_include(), sysconfig.get_paths()["include"])]
         floor = isas[-1][1]
         self.flags = {f"isa_{name}.c": [*common, *flags] for name, flags in isas}
@@ -434,7 +447,9 @@ class Builder:
                 paths = [f"{ROOT}/tests/{name}" for name in dict.fromkeys(test.partition("::")[0] for test in subset)]
                 options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=0", "--tb=short", "--durations=9"]
                 with fastbn.runtime.isa(isas[0]):
-                    code = pytest.main([*options, "--rootdir", str(ROOT), *paths], plugins=[Sampler(subset, note)])
+                    code = pytest.main(
+                        [*options, "--rootdir", str(ROOT), *paths], plugins=[Sampler(subset, note, self.tree / "src_c")]
+                    )
             finally:
                 os._exit(code)
         started = time.monotonic()
@@ -463,10 +478,11 @@ def in_python(code: str) -> str:
 
 
 class Sampler:
-    """A plugin of pytest: some cases of the tests of a subset, and a note of the one that runs."""
+    """A plugin of pytest: some cases of the tests of a subset, on the C of the mutant where they compile it themselves,
+    and a note of the one that runs."""
 
-    def __init__(self, subset: dict[str, int], note: Path) -> None:
-        self.subset, self.note = subset, note
+    def __init__(self, subset: dict[str, int], note: Path, sources: Path) -> None:
+        self.subset, self.note, self.sources = subset, note, sources
 
     @pytest.hookimpl(trylast=True)
     def pytest_generate_tests(self, metafunc: Any) -> None:
@@ -478,6 +494,8 @@ class Sampler:
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         order = list(self.subset)
+        for module in {item.module for item in items if hasattr(item.module, "SOURCES")}:
+            module.SOURCES = self.sources
         items[:] = [item for item in items if f"{item.path.name}::{item.originalname}" in self.subset]
         items.sort(key=lambda item: order.index(f"{item.path.name}::{item.originalname}"))
 

@@ -93,22 +93,23 @@ def test_bits_do_not_depend_on_alignment(dtype, order):
 
 
 @each_dtype
-@each_shape([(5, 6, 7, 11), (3, 3, 70, 71)])
+@pytest.mark.parametrize("threads", [1, 3])
+@each_shape([(5, 6, 7, 11), (3, 3, 70, 71), (2, 100, 600)])
 @pytest.mark.parametrize("order", ["reversed", "padded", "unaligned", "byte-swapped", "every-other-channel"])
-def test_bits_of_a_view_are_those_of_its_copy(dtype, shape, order):
+def test_bits_of_a_view_are_those_of_its_copy(dtype, shape, order, threads):
     """Same kernel family: how a planar array lies in memory changes nothing."""
     plain = make_problem(shape, dtype, with_residual=True)
     view = make_problem(shape, dtype, with_residual=True, order=order)
     assert np.array_equal(plain.x, view.x)
     expected = run(plain, "relu", ISAS[0], 2)
-    for name, value in run(view, "relu", ISAS[0], 3).items():
+    for name, value in run(view, "relu", ISAS[0], threads).items():
         assert_same_bits(np.ascontiguousarray(value), np.ascontiguousarray(expected[name]))
 
 
 @each_dtype
 @each_isa
 @pytest.mark.parametrize("threads", [1, 3])
-@each_shape([(3, 70, 600), (2, 41, 90), (40, 10, 33, 33)])  # long runs, short ones, large channels: with a rest
+@each_shape([(2, 100, 600), (2, 41, 90), (40, 10, 33, 33)])  # long runs, short ones, large channels: with a rest
 def test_bits_of_a_channel_are_those_that_it_has_alone(isa, dtype, threads, shape):
     """Planar: however channels are grouped, and beside which others a kernel takes them."""
     together = make_problem(shape, dtype, with_residual=True)

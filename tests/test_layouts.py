@@ -236,6 +236,7 @@ def test_layout_windows_that_slide_are_used_in_place(dtype, channels, monkeypatc
     for step in range(2, channels):  # with 1 they are planar: channel c is what begins at c
         windows = np.lib.stride_tricks.sliding_window_view(values, channels)[::step]
         assert_same_bits(fastbn.batchnorm(windows), fastbn.batchnorm(windows.copy()))
+        assert_same_bits(fastbn.batchnorm_stats(windows).m2, fastbn.batchnorm_stats(windows.copy()).m2)
     assert capsys.readouterr().err == ""
 
 

@@ -1,0 +1,54 @@
+"""Which kernels a processor gets: src_c/dispatch.c on processors that are emulated by qemu."""
+
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).resolve().parent.parent / "src_c"
+X86_64 = re.findall(r"^FASTBN_ISA\(x86_64, (\w+),", (SOURCES / "isa.def").read_text(), re.MULTILINE)
+PROGRAM = """
+#include "fastbn.h"
+#include <stdio.h>
+%s
+int main(void)
+{
+    for (int i = 0; i < fastbn_isa_count(); i++) {
+        if (fastbn_isa_available(i)) printf("%%s ", fastbn_get_isa(i)->name);
+    }
+    printf("%%d", (int)(fastbn_stream_bytes() >> 20));
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def dispatch(tmp_path_factory):
+    """A program that prints the ISAs of its processor, best first, and the MiB from which stores are streamed."""
+    if platform.machine() not in ("x86_64", "AMD64") or not shutil.which("qemu-x86_64") or not shutil.which("cc"):
+        pytest.skip("needs x86-64, qemu-user and a C compiler")
+    folder = tmp_path_factory.mktemp("dispatch")
+    tables = "\n".join(f'const fastbn_isa fastbn_isa_{name} = {{.name = "{name}"}};' for name in X86_64)
+    (folder / "main.c").write_text(PROGRAM % tables)
+    sources = [folder / "main.c", SOURCES / "dispatch.c"]
+    subprocess.run(["cc", "-static", f"-I{SOURCES}", *sources, "-o", folder / "dispatch"], check=True)
+    return folder / "dispatch"
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        ("Nehalem", "baseline 32"),
+        ("IvyBridge", "baseline 32"),  # F16C, but not AVX2
+        ("Haswell", "avx2 baseline 32"),
+        ("Haswell,-f16c", "baseline 32"),
+        ("Haswell,-avx2", "baseline 32"),
+        ("EPYC", "avx2 baseline 10"),
+    ],
+)
+def test_dispatch_gives_a_processor_what_it_knows(dispatch, processor, expected):
+    """qemu does not emulate AVX-512."""
+    ran = subprocess.run(["qemu-x86_64", "-cpu", processor, dispatch], capture_output=True, text=True, check=True)
+    assert ran.stdout == expected
