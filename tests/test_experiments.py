@@ -225,6 +225,7 @@ def test_quick_run_shows_what_holds_at_any_size(quick):
     assert value_of(quick, "gradients")["plain"] >= 1e4  # without skips gradients grow on the way back
     assert value_of(quick, "inference")["folded"] <= 1e-5
     assert value_of(quick, "inference")["lag"] <= 0.05
+    assert value_of(quick, "inference")["alone"] == 0
 
 
 def test_same_seed_gives_the_same_numbers(digits):

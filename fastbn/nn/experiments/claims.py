@@ -311,6 +311,7 @@ def few_images(data: Dataset, seed: int, *, lrs: Sequence[float], **options: Any
         Criterion("recalibrated", "the same with those of 1,000 images, larger or smaller", "<=", 0.2),
         Criterion("folded", "folded network: largest difference of an output / largest output", "<=", 1e-5),
         Criterion("lag", "running mean after k batches: its distance from the mean, less 0.9^k", "<=", 0.05),
+        Criterion("alone", "values of the first normalization that differ for an image alone and in a batch", "<=", 0),
     ],
     panels=[
         Panel("Running averages begun anew", "batches", "test accuracy"),
@@ -321,8 +322,9 @@ def few_images(data: Dataset, seed: int, *, lrs: Sequence[float], **options: Any
 )
 def inference(data: Dataset, seed: int, *, batch_size: int, batches: int, recalibration: int, **options: Any) -> Result:
     """`cnn_bn` is trained, and its accuracy is taken with the running averages of training, with statistics of part of
-    the images and of all, and with each normalization folded into its convolution. Then the running averages begin
-    anew, with weights that stay as they are: after k batches they lack 0.9^k of the mean."""
+    the images and of all, and with each normalization folded into its convolution. The first normalization is given a
+    batch and then its images one by one. Then the running averages begin anew, with weights that stay as they are:
+    after k batches they lack 0.9^k of the mean."""
     model = models.cnn_bn(input_shape=data.input_shape, rng=seed)
     accuracy = {"running averages": final(learn(model, data, seed, batch_size=batch_size, points=1, **options))}
     recalibrate(model, data.x_train[:recalibration])
@@ -334,6 +336,9 @@ def inference(data: Dataset, seed: int, *, batch_size: int, batches: int, recali
     difference = fold(model).forward(data.x_test) - outputs
 
     norms = [layer for layer in model.layers if isinstance(layer, fastbn.BatchNorm2d)]
+    maps = model.layers[0].forward(data.x_test[:batch_size])
+    alone = np.concatenate([norms[0].forward(maps[i : i + 1]) for i in range(len(maps))])
+    differing = np.count_nonzero(alone != norms[0].forward(maps))
     running_mean = np.asarray(norms[0].running_mean)  # the array itself
     mean = running_mean.copy()
     for norm in norms:
@@ -351,6 +356,7 @@ def inference(data: Dataset, seed: int, *, batch_size: int, batches: int, recali
         "recalibrated": 100 * abs(accuracy["all images"] - accuracy["some images"]),
         "folded": np.abs(difference).max() / np.abs(outputs).max(),
         "lag": float(np.max(np.subtract(distance, missing))),
+        "alone": differing,
     }
     flat = {
         f"statistics of {name}": (at, [value] * batches) for name, value in accuracy.items() if name != "some images"
