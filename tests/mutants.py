@@ -354,7 +354,15 @@ class Builder:
         self.flags["_core.c"] = [*common, *floor, *includes, *setup["NUMPY_API"], "-fopenmp"]
         self.cython = ["-3", *(f"-X{name}={value}" for name, value in setup["DIRECTIVES"].items())]
         self.isas = isas_here()
+        self.copy_sources()
         self.originals = {unit: self.text(unit, ROOT) for unit in self.flags}
+
+    def copy_sources(self) -> None:
+        shutil.rmtree(self.tree, ignore_errors=True)
+        shutil.copytree(ROOT / "src_c", self.tree / "src_c")
+        (self.tree / "fastbn").mkdir()
+        for source in (ROOT / "fastbn").glob("_*.p[xy]*"):
+            shutil.copy(source, self.tree / "fastbn")
 
     def text(self, unit: str, tree: Path) -> bytes:
         """The C of a unit, preprocessed."""
@@ -393,11 +401,7 @@ class Builder:
 
     def plant(self, mutant: Mutant) -> dict[str, bytes]:
         """The units that it changes, the best ISA first."""
-        shutil.rmtree(self.tree, ignore_errors=True)
-        shutil.copytree(ROOT / "src_c", self.tree / "src_c")
-        (self.tree / "fastbn").mkdir()
-        for source in (ROOT / "fastbn").glob("_*.p[xy]*"):
-            shutil.copy(source, self.tree / "fastbn")
+        self.copy_sources()
         path = self.tree / mutant.file
         path.write_text(planted(mutant, path.read_text()))
         units = ["_core.c"] if mutant.file.endswith(".pxi") else [*(f"isa_{isa}.c" for isa in self.isas), "dispatch.c"]
