@@ -48,6 +48,9 @@ def activations() -> tuple[tuple[str, bool], ...]:
 def activation_formulas() -> tuple[tuple[str, str, str, str], ...]:
     """Of every activation, as src_c/activations.def has them: y, open, and the gradients where open and where shut."""
 
+def stream_bytes() -> int:
+    """Bytes of a result from which it is stored past the caches."""
+
 def mask_nbytes(planar: bool, shape: _Shape) -> int:
     """Bytes of the mask that `forward` fills when an activation follows a residual."""
 

@@ -178,6 +178,10 @@ def openmp_in_parallel():
     return bool(omp_in_parallel())
 
 
+def stream_bytes():
+    return fastbn_stream_bytes()
+
+
 def mask_nbytes(bint planar, tuple shape):
     cdef int64_t outer = shape[0], channels = shape[1], inner = shape[2], fold = fold_of(planar, channels)
     if planar:

@@ -27,6 +27,7 @@ from combinations import (
     run,
     with_or_without_residual,
 )
+from fastbn import _core
 from problems import HOSTILE, MEMORY_ORDERS, SHAPES, assert_same_bits, finfo, make_hostile
 
 BIG_ENOUGH = [
@@ -153,25 +154,30 @@ def test_bits_in_place_and_repeated(dtype, order):
 
 @each_dtype
 @each_isa
-@each_shape([(50, 100, 70), (50, 7, 7), (8, 25, 64), (3, 5, 1030)])
-@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize(
+    ("axis", "shape"),  # planes that adjoin, whose lines differ, with a last block shorter than a line; rows likewise
+    [(1, (50, 7, 7)), (1, (8, 33, 35)), (1, (4, 42, 98)), (-1, (50, 7, 7)), (-1, (8, 25, 64)), (-1, (3, 5, 1030))],
+)
 def test_bits_of_streamed_output(isa, dtype, axis, shape):
     """Large outputs go past the caches; those in place do not: the same values, also where rows start off a line. Of
     interleaved rows, those of whole lines and long ones are streamed."""
     problem = make_problem((1, *shape), dtype)
-    copies = -(-(34 << 20) // problem.x.nbytes)  # above fastbn_stream_bytes()
+    copies = 1 + _core.stream_bytes() // problem.x.nbytes
     x, dy = (np.concatenate([array] * copies) for array in (problem.x, problem.dy))
     moments = {"running_mean": np.linspace(-1, 1, x.shape[axis]), "running_var": np.linspace(1, 2, x.shape[axis])}
-    for offset in (0, x.itemsize):  # where rows begin in their lines, and where the mask allows streaming
-        room = np.empty(x.nbytes + 64, np.uint8)
+    row = x.itemsize * (shape[-1] if axis == -1 else shape[1] * shape[2])
+    # On a line, where a mask allows streaming; off it; where the second row of dx begins on one, but not of dresidual.
+    for offset in (0, x.itemsize, -row % 64):
+        room = np.empty(x.nbytes + 128, np.uint8)
         start = -room.ctypes.data % 64 + offset
         out = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
         with fastbn.runtime.isa(isa):
-            for residual in (None, dy):
-                _, cache = fastbn.batchnorm_forward(x, axis=axis, activation="relu", residual=residual, out=out)
+            for residual, activation in ((None, "relu"), (dy, "relu"), (dy, "identity")):
+                options = {"axis": axis, "activation": activation}
+                _, cache = fastbn.batchnorm_forward(x, residual=residual, out=out, **options)
                 in_place = x.copy() if residual is None else residual.copy()
                 given = (in_place, None) if residual is None else (x, in_place)
-                fastbn.batchnorm(given[0], axis=axis, activation="relu", residual=given[1], out=in_place)
+                fastbn.batchnorm(given[0], residual=given[1], out=in_place, **options)
                 assert_same_bits(out, in_place)
                 in_place[...] = x if residual is None else residual
                 for target in (out, in_place):

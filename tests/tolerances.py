@@ -52,17 +52,17 @@ def storing(dtype: npt.DTypeLike) -> float:
 def forward_atol(
     dtype: npt.DTypeLike, scaled: Any, beta: Any = 0.0, residual: Any = 0.0, offset_ratio: float = 0.0
 ) -> npt.NDArray[np.float64]:
-    """Error allowed to y = ((x - mean_hi) - mean_lo) * scale + beta + residual, element by element.
+    """Error allowed to y = (x - m) * scale + offset + residual, element by element.
 
-    `scaled` is |(x - mean) * scale|, `offset_ratio` |mean| / std, the largest of all channels. Two subtractions, the
-    rounding of scale and the product: 4 u scaled. Rounding beta: u |beta|. Two additions: u (scaled + |beta|) and u
-    (scaled + |beta| + |residual|). Together at most u (6 scaled + 3 |beta| + |residual|). The statistics add half of
-    the relative error of the variance and the error of the mean over std; a mean split in two floats of 24 bits has
-    48 bits, so it is off by 2^-48 |mean| at most.
+    `scaled` is |(x - mean) * scale|, `offset_ratio` |mean| / std, the largest of all channels. The subtraction, the
+    rounding of scale and the product: 3 u scaled. Rounding offset, which is beta but for what the rounding m of the
+    mean has lost: u |beta|. Two additions: u (scaled + |beta|) and u (scaled + |beta| + |residual|). Together at most u
+    (5 scaled + 3 |beta| + |residual|). The statistics add half of the relative error of the variance and the error of
+    the mean over std. What m has lost is at most u |mean|, and rounded with offset: off by 2^-48 |mean| at most.
     """
     scaled, beta, residual = (np.abs(np.asarray(value, np.float64)) for value in (scaled, beta, residual))
     u = unit_roundoff(dtype)
-    total = u * (6 * scaled + 3 * beta + residual)
+    total = u * (5 * scaled + 3 * beta + residual)
     # An error of the mean moves x - mean, in units of std, by this much in every element: also where scaled is 0.
     if np.dtype(dtype) == np.float64:
         mean = STATISTICS_RELATIVE_F64 * max(offset_ratio, 1.0)

@@ -63,7 +63,7 @@ def set_parameter(values, channel, value):
 @cuda.jit(device=True)
 def finite(value):
     """A shift, or the low part of a sum: 0 where it is not finite, else it would turn Inf into NaN."""
-    if value - value == 0.0:
+    if abs(value) < math.inf:
         return value
     return 0.0
 

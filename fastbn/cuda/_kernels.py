@@ -96,7 +96,7 @@ def forward(variant: Variant) -> Any:
         shifts, partials = scratch, scratch + 8 * channels
 
         sums = cuda.shared.array((planes, threads), np.float64)
-        coefficients = cuda.shared.array((4, table_size), real)
+        coefficients = cuda.shared.array((3, table_size), real)
         values = cuda.local.array(read, real)
         total = cuda.local.array(planes, np.float64)
         shift = cuda.local.array(lanes, np.float64)
