@@ -55,7 +55,8 @@ asan: $(VENV)/.test  ## the tests of kernels and arguments on a build with the a
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=halt_on_error=1 $(BIN)/pytest $(PYTEST) $(ASAN_TESTS)
 
 # Counts at -O1, where a line is a line: without the tests of the machine code that is installed. Nor do two tests bear
-# Python's tracer: it refers to arrays that are to be resized, and an interrupt may reach it while it holds its lock.
+# Python's tracer: it refers to arrays that are to be resized, and an interrupt may reach it while it holds its lock. One
+# kills processes, which may be writing their counts.
 # Instances of a line for each dtype and ISA count as one. Neither an ISA that this machine does not have nor Cython's C
 # is counted.
 coverage: OTHER_ISAS = $(shell $(BIN)/python -I -c \
@@ -68,9 +69,10 @@ coverage: $(VENV)/.test  ## the lines of C kernels and of Python that the tests 
 	PYTHONPATH=$(CURDIR)/build/coverage $(BIN)/pytest $(PYTEST) --cov=build/coverage/fastbn --cov-report=term-missing \
 	--cov-report=json:build/coverage/python.json --cov-fail-under=95 --ignore tests/test_build.py --ignore tests/test_machine_code.py \
 	--deselect tests/test_memory.py::test_memory_results_copy_pickle_and_resize_as_arrays_do \
-	--deselect tests/test_running_stats.py::test_running_statistics_are_whole_after_every_interrupt
+	--deselect tests/test_running_stats.py::test_running_statistics_are_whole_after_every_interrupt \
+	--deselect tests/test_checkpoint.py::test_kill_at_any_moment_leaves_a_whole_checkpoint
 	rm build/temp.*/_*.gc* $(OTHER_ISAS:%=build/temp.*/isa_%.gc*)
-	$(BIN)/gcovr --root . --filter src_c/ --merge-lines --fail-under-line 95 \
+	$(BIN)/gcovr --root . --filter src_c/ --merge-lines --gcov-suspicious-hits-threshold 0 --fail-under-line 95 \
 	--txt - --json-summary build/coverage/c.json build/temp.*
 
 # In the order of a seed, so many at a time as there are CPUs; an interrupted run goes on where it was.

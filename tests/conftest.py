@@ -1,6 +1,7 @@
 """Tests run outside the source tree: a Python that they start must import the installed package, not the sources."""
 
 import os
+import signal
 
 import pytest
 
@@ -13,6 +14,10 @@ else:
     from fastbn import _engine
 
     _engine.DEFAULTS["device"] = DEVICE
+
+# A shell starts what it puts into the background deaf to Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -579,6 +579,7 @@ def record(known: dict[Mutant, str]) -> dict[str, Any]:
         "machine": machine.record(1, sorted(os.sched_getaffinity(0))),
         "ISAs": isas_here(),
         "seed": SEED,
+        "tests": len(QUICK | THOROUGH | LAST),
         "mutants of all lines": len(all_mutants()),
         "replaced": dict(Counter(verdict for _, verdict in found if verdict in NOT_COUNTED)),
         "mutants": entries,
@@ -618,7 +619,7 @@ def page(results: dict[str, Any]) -> str:
         "Do the tests notice a wrong line? `make mutants` changes the kernels and the schedule, one place at a time, "
         f"by {len(RULES)} rules, which give {results['mutants of all lines']} mutants of all lines of code. {drawn} "
         f"of them, drawn with seed {results['seed']}, have been compiled and have met some cases of "
-        f"{len(QUICK | THOROUGH | LAST)} tests of `make test`, named in [tests/mutants.py](../tests/mutants.py).",
+        f"{results['tests']} tests of `make test`, named in [tests/mutants.py](../tests/mutants.py).",
         f"**{found} of the {drawn - equivalent} that are bugs have been found: {100 * share_found(entries):.1f} %.** "
         f"{ends['caught']} by a test that failed, {ends['crash']} by a crash, {ends['timeout']} by a time limit. "
         f"{equivalent} are equivalent: no bugs, as is argued below, one by one. {survived} survived.",
