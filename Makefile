@@ -55,10 +55,9 @@ asan: $(VENV)/.test  ## the tests of kernels and arguments on a build with the a
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=halt_on_error=1 $(BIN)/pytest $(PYTEST) $(ASAN_TESTS)
 
 # Counts at -O1, where a line is a line: without the tests of the machine code that is installed. Nor do two tests bear
-# Python's tracer: it refers to arrays that are to be resized, and an interrupt may reach it while it holds its lock. One
-# kills processes, which may be writing their counts.
-# Instances of a line for each dtype and ISA count as one. Neither an ISA that this machine does not have nor Cython's C
-# is counted.
+# Python's tracer: it refers to arrays that are to be resized, and an interrupt may reach it while it holds its lock.
+# C: the tests of kernels once more in one process, for those of xdist leave without writing their counts. Instances of a
+# line for each dtype and ISA count as one. Neither an ISA that this machine does not have nor Cython's C is counted.
 coverage: OTHER_ISAS = $(shell $(BIN)/python -I -c \
 	'from fastbn import _core; print(*(name for name, available in _core.isas() if not available))')
 coverage: $(VENV)/.test  ## the lines of C kernels and of Python that the tests reach
@@ -69,8 +68,9 @@ coverage: $(VENV)/.test  ## the lines of C kernels and of Python that the tests 
 	PYTHONPATH=$(CURDIR)/build/coverage $(BIN)/pytest $(PYTEST) --cov=build/coverage/fastbn --cov-report=term-missing \
 	--cov-report=json:build/coverage/python.json --cov-fail-under=95 --ignore tests/test_build.py --ignore tests/test_machine_code.py \
 	--deselect tests/test_memory.py::test_memory_results_copy_pickle_and_resize_as_arrays_do \
-	--deselect tests/test_running_stats.py::test_running_statistics_are_whole_after_every_interrupt \
-	--deselect tests/test_checkpoint.py::test_kill_at_any_moment_leaves_a_whole_checkpoint
+	--deselect tests/test_running_stats.py::test_running_statistics_are_whole_after_every_interrupt
+	find build/temp.* -name '*.gcda' -delete
+	PYTHONPATH=$(CURDIR)/build/coverage $(BIN)/pytest -n 0 $(KERNEL_TESTS) tests/test_memory.py
 	rm build/temp.*/_*.gc* $(OTHER_ISAS:%=build/temp.*/isa_%.gc*)
 	$(BIN)/gcovr --root . --filter src_c/ --merge-lines --gcov-suspicious-hits-threshold 0 --fail-under-line 95 \
 	--txt - --json-summary build/coverage/c.json build/temp.*
@@ -123,8 +123,9 @@ clean:  ## remove all that make and builds have made
 	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache fastbn/_build.json
 	find fastbn tests benchmarks \( -name '*.so' -o -name '*.pyc' \) -delete
 
-ASAN_TESTS = $(addprefix tests/test_,$(addsuffix .py,forward backward bits guard_pages layouts inplace_and_out \
-	running_stats stats validation fuzz))
+KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,stats forward backward bits layouts))
+ASAN_TESTS = $(KERNEL_TESTS) $(addprefix tests/test_,$(addsuffix .py,guard_pages inplace_and_out running_stats \
+	validation fuzz))
 # Not one test whose threads wait for each other, nor the one that takes longest.
 TSAN_TESTS = $(addprefix $(CURDIR)/tests/test_,stats.py layouts.py nn_windows.py bits.py::test_bits_of_a_drawn_call \
 	processes.py::test_many_python_threads_get_the_bits_of_one) -k 'not several_threads and not 500-1'
