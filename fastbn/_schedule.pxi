@@ -462,7 +462,7 @@ cdef bint balanced(int64_t channels, int threads) noexcept nogil:
 cdef void cut(Job *job) noexcept nogil:
     """Fix blocks and units. Nothing that cuts a sum depends on anything but the shape."""
     cdef int64_t rows, values, unit, whole, planar_block = job.kernels.planar_block
-    cdef int64_t run = job.inner * job.kernels.itemsize, total = job.outer * job.channels * run
+    cdef int64_t run = job.inner * job.kernels.itemsize, total = job.outer * job.channels * run, row
     cdef const char *written
     job.fold = fold_of(job.planar, job.channels)
     job.width = job.fold * job.channels
@@ -509,9 +509,10 @@ cdef void cut(Job *job) noexcept nogil:
     # Streaming pays where y is too large to be found in a cache later, and rows consist of whole lines of the cache, or
     # are so long that the lines at their ends do not matter.
     written = job.y.data if job.dy.data == NULL else job.dx.data
+    row = run if job.planar else job.width * job.kernels.itemsize
     job.stream = (written != NULL and written != job.x.data and written != job.residual.data and written != job.dy.data
                   and total >= fastbn_stream_bytes()
-                  and (job.adjoining or (run if job.planar else job.width * job.kernels.itemsize) >= BESIDE_BYTES
+                  and (job.adjoining or row >= BESIDE_BYTES
                        or (not job.planar and has_whole_lines(job, &job.y) and has_whole_lines(job, &job.dx)
                            and has_whole_lines(job, &job.dresidual))))
 

@@ -134,6 +134,12 @@ def affine(x, mean, scale, offset):
 
 
 @cuda.jit(device=True)
+def lost(rounded, high, low):
+    """What the rounding of high + low has lost."""
+    return (high - np.float64(rounded)) + low
+
+
+@cuda.jit(device=True)
 def two_sum(a, b):
     """(rounded sum, what the rounding has lost) (Knuth)."""
     s = a + b

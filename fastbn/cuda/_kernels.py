@@ -30,6 +30,7 @@ from ._functions import (
     affine,
     finite,
     leave_sums,
+    lost,
     parameter,
     peek_f64,
     poke_f64,
@@ -170,8 +171,7 @@ def forward(variant: Variant) -> Any:
                     weight, bias = parameter(gamma, channel, 1.0), parameter(beta, channel, 0.0)
                     coefficients[0, index] = real(mean)
                     coefficients[1, index] = real(weight * rstd)
-                    lost = (mean - np.float64(real(mean))) + mean_lo
-                    coefficients[2, index] = real(bias - finite(lost * (weight * rstd)))
+                    coefficients[2, index] = real(bias - finite(lost(real(mean), mean, mean_lo) * (weight * rstd)))
                     if split == 0 and tile_start + index < channels:  # each channel once
                         poke_f64(statistics + 8 * (MEAN * channels + channel), mean)
                         poke_f64(statistics + 8 * (MEAN_LO * channels + channel), mean_lo)
@@ -308,10 +308,10 @@ def backward(variant: Variant) -> Any:
             rstd = peek_f64(statistics + 8 * (RSTD * channels + channel))
             scale = peek_f64(statistics + 8 * (GAMMA * channels + channel)) * rstd
             bias = peek_f64(statistics + 8 * (BETA * channels + channel))
-            lost = (center - np.float64(real(center))) + peek_f64(statistics + 8 * (MEAN_LO * channels + channel))
+            low = peek_f64(statistics + 8 * (MEAN_LO * channels + channel))
             coefficients[0, index] = real(center)
             coefficients[1, index] = real(scale)
-            coefficients[2, index] = real(bias - finite(lost * scale))
+            coefficients[2, index] = real(bias - finite(lost(real(center), center, low) * scale))
             for term in range(3, 6):
                 coefficients[term, index] = real(0)
         cuda.syncthreads()
@@ -334,12 +334,13 @@ def backward(variant: Variant) -> Any:
                         if training:
                             high, low = two_sum(first_dy, a / per_channel)
                             center = peek_f64(statistics + 8 * (MEAN * channels + channel))
-                            lost = (center - np.float64(real(center))) + mean_lo
-                            lost_of_g = (high - np.float64(real(high))) + low
                             steepness = rstd * rstd * (b / per_channel)
                             coefficients[3, index] = real(high)
                             coefficients[4, index] = real(steepness)
-                            coefficients[5, index] = real(finite(lost_of_g) - finite(lost * steepness))
+                            coefficients[5, index] = real(
+                                finite(lost(real(high), high, low))
+                                - finite(lost(real(center), center, mean_lo) * steepness)
+                            )
                 cuda.syncthreads()
 
             for plane in range(planes):
