@@ -35,6 +35,7 @@ STATISTICS_ROWS: Final[int]
 OPENMP: Final[bool]  # compiled with OpenMP
 DEBUG: Final[bool]  # compiled with FASTBN_DEBUG=1
 COMPILER: Final[str]  # name and version of the C compiler
+MEASURED_STREAM_BYTES: Final[int]  # from so many bytes on, streaming stores have paid on such a processor
 
 def isas() -> tuple[tuple[str, bool], ...]:
     """(name, available on this CPU and operating system) of every compiled ISA, best first."""
@@ -51,6 +52,7 @@ def activation_formulas() -> tuple[tuple[str, str, str, str], ...]:
 def stream_bytes() -> int:
     """Bytes of a result from which it is stored past the caches."""
 
+def set_stream_bytes(nbytes: int) -> None: ...
 def mask_nbytes(planar: bool, shape: _Shape) -> int:
     """Bytes of the mask that `forward` fills when an activation follows a residual."""
 

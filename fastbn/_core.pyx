@@ -146,6 +146,7 @@ cpdef enum:
 OPENMP = bool(FASTBN_OPENMP)
 DEBUG = bool(FASTBN_IS_DEBUG)
 COMPILER = FASTBN_COMPILER.decode()
+MEASURED_STREAM_BYTES = fastbn_stream_bytes()
 cdef cnp.dtype FLOAT64 = cnp.PyArray_DescrFromType(cnp.NPY_DOUBLE)
 
 include "_schedule.pxi"
@@ -179,7 +180,12 @@ def openmp_in_parallel():
 
 
 def stream_bytes():
-    return fastbn_stream_bytes()
+    return stream_from
+
+
+def set_stream_bytes(int64_t nbytes):
+    global stream_from
+    stream_from = nbytes
 
 
 def mask_nbytes(bint planar, tuple shape):

@@ -98,6 +98,9 @@ cdef enum:
     SPARE_BYTES = 4 << 20
 
 
+cdef int64_t stream_from = 0  # bytes of a result from which it is stored past the caches: set by fastbn/memory.py
+
+
 cdef inline int64_t ceil_div(int64_t a, int64_t b) noexcept nogil:
     return (a + b - 1) // b
 
@@ -511,7 +514,7 @@ cdef void cut(Job *job) noexcept nogil:
     written = job.y.data if job.dy.data == NULL else job.dx.data
     row = run if job.planar else job.width * job.kernels.itemsize
     job.stream = (written != NULL and written != job.x.data and written != job.residual.data and written != job.dy.data
-                  and total >= fastbn_stream_bytes()
+                  and total >= stream_from
                   and (job.adjoining or row >= BESIDE_BYTES
                        or (not job.planar and has_whole_lines(job, &job.y) and has_whole_lines(job, &job.dx)
                            and has_whole_lines(job, &job.dresidual))))

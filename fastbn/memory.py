@@ -1,9 +1,14 @@
-"""The memory of large results: blocks that arrays have freed are kept for the next results.
+"""The memory of large results: blocks that arrays have freed are kept for the next results, and from which size on
+results are stored past the caches.
 
 The system hands out new memory page by page, and that takes longer than to fill it: a new result of 100 MB costs more
 than to compute it. So the memory of a result of 64 KiB or more, once no array uses it any longer, is kept for the next
 one, up to a limit. `FASTBN_CACHE_LIMIT` (bytes) sets it when fastbn is imported, `set_cache_limit` at any time; the
 default is the smaller of 1 GiB and an eighth of the memory that this process may use.
+
+A store past the caches (a streaming store) does not read the line that it replaces. It pays where a result is too large
+to be found in a cache later; `FASTBN_STREAM_BYTES` or `set_stream_bytes` says from how many bytes on. No bit depends on
+it.
 """
 
 from __future__ import annotations
@@ -20,11 +25,13 @@ import numpy.typing as npt
 from . import _cgroup, _core
 from .errors import ArgumentError
 
-__all__ = ["CacheInfo", "cache_info", "empty", "empty_cache", "set_cache_limit"]
+__all__ = ["CacheInfo", "cache_info", "empty", "empty_cache", "set_cache_limit", "set_stream_bytes", "stream_bytes"]
 
 # The default: at most this, and at most this part of what the process may use.
 MOST = 1 << 30
 SHARE = 8
+
+LARGEST = 1 << 62
 
 
 class CacheInfo(NamedTuple):
@@ -55,17 +62,24 @@ def usable_memory(proc: Path = _cgroup.PROC, cgroups: Path = _cgroup.CGROUPS) ->
     return min(limit for limit in limits() if limit > 0)
 
 
-def limit_of_environment(environment: Mapping[str, str]) -> int | None:
-    """FASTBN_CACHE_LIMIT, None if not set; what cannot be meant is an ImportError."""
-    text = environment.get("FASTBN_CACHE_LIMIT", "").strip()
+def nbytes_of_environment(variable: str, environment: Mapping[str, str]) -> int | None:
+    """The number of bytes in a variable, None if it is not set; what cannot be meant is an ImportError."""
+    text = environment.get(variable, "").strip()
     if not text:
         return None
-    if not (text.isascii() and text.isdigit() and int(text) < 1 << 62):
-        raise ImportError(f"FASTBN_CACHE_LIMIT: expected a number of bytes (0: keep nothing), got {text!r}")
+    if not (text.isascii() and text.isdigit() and int(text) < LARGEST):
+        raise ImportError(f"{variable}: expected a number of bytes, got {text!r}")
     return int(text)
 
 
-_environment_limit = limit_of_environment(os.environ)
+_environment_limit = nbytes_of_environment("FASTBN_CACHE_LIMIT", os.environ)
+_environment_stream = nbytes_of_environment("FASTBN_STREAM_BYTES", os.environ)
+
+
+def _check_nbytes(nbytes: Any) -> int:
+    if isinstance(nbytes, bool) or not isinstance(nbytes, (int, np.integer)) or not 0 <= nbytes < LARGEST:
+        raise ArgumentError(f"nbytes: expected a number of bytes from 0, or None, got {nbytes!r}")
+    return int(nbytes)
 
 
 def set_cache_limit(nbytes: int | None) -> None:
@@ -89,12 +103,9 @@ def set_cache_limit(nbytes: int | None) -> None:
     268435456
     >>> fastbn.set_cache_limit(None)
     """
-    limit: Any = nbytes
-    if limit is None:
-        limit = min(MOST, usable_memory() // SHARE) if _environment_limit is None else _environment_limit
-    if isinstance(limit, bool) or not isinstance(limit, (int, np.integer)) or not 0 <= limit < 1 << 62:
-        raise ArgumentError(f"nbytes: expected a number of bytes from 0, or None, got {nbytes!r}")
-    _core.set_cache_limit(int(limit))
+    if nbytes is None:
+        nbytes = min(MOST, usable_memory() // SHARE) if _environment_limit is None else _environment_limit
+    _core.set_cache_limit(_check_nbytes(nbytes))
 
 
 def empty(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
@@ -120,4 +131,35 @@ def cache_info() -> CacheInfo:
     return CacheInfo(*_core.cache_info())
 
 
+def set_stream_bytes(nbytes: int | None) -> None:
+    """Store results of `nbytes` or more past the caches, where their rows allow it.
+
+    Parameters
+    ----------
+    nbytes : int or None
+        0 streams all of them; None goes back to the environment or to what was measured for this kind of processor.
+
+    Raises
+    ------
+    ArgumentError
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.memory.set_stream_bytes(64 << 20)
+    >>> fastbn.memory.stream_bytes()
+    67108864
+    >>> fastbn.memory.set_stream_bytes(None)
+    """
+    if nbytes is None:
+        nbytes = _core.MEASURED_STREAM_BYTES if _environment_stream is None else _environment_stream
+    _core.set_stream_bytes(_check_nbytes(nbytes))
+
+
+def stream_bytes() -> int:
+    """The number of bytes from which results are stored past the caches."""
+    return _core.stream_bytes()
+
+
 set_cache_limit(None)
+set_stream_bytes(None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +41,16 @@ def each_activation_and_shape(shapes: Any) -> Any:
     ]
     ids = [f"{activation}-{shape_id(shape)}" for activation, shape in pairs]
     return pytest.mark.parametrize(("activation", "shape"), pairs, ids=ids)
+
+
+@contextmanager
+def streaming(nbytes: int | None) -> Iterator[None]:
+    """Results from so many bytes on are stored past the caches; None: from the default on, which few tests reach."""
+    fastbn.memory.set_stream_bytes(nbytes)
+    try:
+        yield
+    finally:
+        fastbn.memory.set_stream_bytes(None)
 
 
 def each_shape(shapes: Any) -> Any:

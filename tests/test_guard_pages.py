@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from combinations import each_dtype, each_isa
+from combinations import each_dtype, each_isa, streaming
 
 PAGE = mmap.PAGESIZE
 PROT_NONE, PROT_READ_WRITE = 0, 3
@@ -42,20 +42,22 @@ def shapes(tail: int) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("family", ["planar", "interleaved"])
 @each_isa
 @each_dtype
-def test_nothing_beyond_the_arrays_is_touched(isa, dtype, family, at_end):
+@pytest.mark.parametrize("stream", [None, 0], ids=["stored", "streamed"])
+def test_nothing_beyond_the_arrays_is_touched(stream, isa, dtype, family, at_end):
     rng = np.random.default_rng(0)
-    with fastbn.runtime.isa(isa):
+    with fastbn.runtime.isa(isa), streaming(stream):
         for tail in [*range(1, 65), 70, 100, 600]:
             shape = shapes(tail)[family]
-            values = [rng.standard_normal(shape).astype(dtype) for _ in range(4)]
+            values = [rng.standard_normal(shape).astype(dtype) for _ in range(5)]
             guarded = [Guarded(array, at_end) for array in values]
-            x, dy, residual, y = (guard.array for guard in guarded)
+            x, dy, residual, y, dx = (guard.array for guard in guarded)
             channels = shape[1]
             gamma, beta = np.ones(channels), np.zeros(channels)
             for added in (None, residual):
                 _, cache = fastbn.batchnorm_forward(x, gamma, beta, activation="relu", residual=added, out=y)
                 expected = fastbn.batchnorm(values[0], gamma, beta, activation="relu", residual=added)
                 assert np.array_equal(y, expected)
+                fastbn.batchnorm_backward(dy, cache, out=dx)
                 fastbn.batchnorm_backward(dy, cache, out=dy)
             fastbn.batchnorm_stats(x)
             fastbn.batchnorm_stats(x[..., ::2])

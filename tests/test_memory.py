@@ -280,9 +280,9 @@ def test_memory_limit_by_default():
     assert fastbn.cache_info().limit == min(1 << 30, memory.usable_memory() // 8)
 
 
-def imported(text):
-    code = "import fastbn; print(fastbn.cache_info().limit)"
-    environment = {**os.environ, "FASTBN_CACHE_LIMIT": text}
+def imported(text, variable="FASTBN_CACHE_LIMIT", code="fastbn.cache_info().limit"):
+    code = f"import fastbn; print({code})"
+    environment = {**os.environ, variable: text}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
 
@@ -291,11 +291,19 @@ def test_memory_limit_from_the_environment(text, limit):
     assert int(imported(text).stdout) == limit
 
 
+def test_memory_streaming_from_the_environment():
+    done = imported(
+        "1048576", "FASTBN_STREAM_BYTES", "fastbn.memory.stream_bytes(), fastbn.runtime.config()['streaming']"
+    )
+    assert done.stdout == "1048576 results from 1 MiB on are stored past the caches\n"
+    assert memory.stream_bytes() == _core.MEASURED_STREAM_BYTES
+
+
 @pytest.mark.parametrize("text", ["-1", "1.5", "1G", "many"])
 def test_memory_limit_from_the_environment_must_be_a_number(text):
     done = imported(text)
     assert done.returncode == 1
-    assert f"FASTBN_CACHE_LIMIT: expected a number of bytes (0: keep nothing), got {text!r}" in done.stderr
+    assert f"FASTBN_CACHE_LIMIT: expected a number of bytes, got {text!r}" in done.stderr
 
 
 def test_memory_is_in_the_configuration():

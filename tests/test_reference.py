@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import reference
+from fastbn import _core, reference
 from problems import exact_statistics, make_exact, make_parameters, make_random, shape_id
 from tolerances import U64, central_difference_atol, central_difference_step, torch_rtol
 
@@ -17,6 +17,27 @@ def test_reference_defines_every_public_function_and_activation():
     functions = {name for name in fastbn.__all__ if name.startswith("batchnorm")}
     assert functions <= set(dir(reference))
     assert set(reference.ACTIVATIONS) == set(fastbn.runtime.activations())
+
+
+@pytest.mark.parametrize("name", fastbn.runtime.activations())
+def test_reference_activations_are_those_of_the_kernels(name):
+    """The formulas of src_c/activations.def are Python too."""
+    slope, v, g = 0.25, np.array([-np.inf, -7, -3, -1.5, -0.0, 0, 2, 3, 4.5, 6, 8, np.inf, np.nan]), 2.0
+    names = {
+        "v": v,
+        "g": g,
+        "NEGATIVE_SLOPE": slope,
+        "NUMBER": float,
+        "SELECT": np.where,
+        "CLIP": np.clip,
+        "EVERYWHERE": v.size * [True],
+    }
+    with np.errstate(invalid="ignore"):
+        formulas = _core.activation_formulas()[fastbn.runtime.ACTIVATION_INDEX[name]]
+        y, is_open, where_open, where_shut = (eval(formula, names) for formula in formulas)
+        expected_y, expected_slope = (function(v, slope) for function in reference.ACTIVATIONS[name])
+    np.testing.assert_allclose(y, expected_y, rtol=2 * U64)
+    np.testing.assert_allclose(np.where(is_open, where_open, where_shut), g * expected_slope, rtol=4 * U64)
 
 
 def test_reference_of_two_values_is_plus_and_minus_one():

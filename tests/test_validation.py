@@ -6,6 +6,7 @@ plain value against every kind of value, `ARRAYS` every argument that is an arra
 """
 
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -273,6 +274,7 @@ PLAIN = [
     ("threads", "n", lambda a, v: enter_and_leave(fastbn.threads(v)), COUNT),
     ("set_num_threads", "n", lambda a, v: fastbn.set_num_threads(v), COUNT | {"none"}),
     ("set_cache_limit", "nbytes", lambda a, v: fastbn.set_cache_limit(v), COUNT | {"none", "zero"}),
+    ("set_stream_bytes", "nbytes", lambda a, v: memory.set_stream_bytes(v), COUNT | {"none", "zero"}),
     ("copy_speed-nbytes", "nbytes", lambda a, v: fastbn.runtime.copy_speed(v), COUNT),
     ("copy_speed-repeats", "repeats", lambda a, v: fastbn.runtime.copy_speed(64, repeats=v), COUNT),
     ("copy_speed-num_threads", "num_threads", lambda a, v: fastbn.runtime.copy_speed(64, v), COUNT | {"none"}),
@@ -407,6 +409,7 @@ def test_validation_accepts_what_the_table_says(call, accepted):
     finally:
         fastbn.set_num_threads(None)
         fastbn.set_cache_limit(None)
+        memory.set_stream_bytes(None)
 
 
 @pytest.mark.parametrize("text", ["-1", "-0", "two", "1.5", "1e3", "0x4", "4,2", "true", "nan", "9" * 40, "\uff14"])
@@ -414,7 +417,8 @@ def test_validation_accepts_what_the_table_says(call, accepted):
     ("read", "variable"),
     [
         (runtime.fastbn_num_threads, "FASTBN_NUM_THREADS"),
-        (memory.limit_of_environment, "FASTBN_CACHE_LIMIT"),
+        (partial(memory.nbytes_of_environment, "FASTBN_CACHE_LIMIT"), "FASTBN_CACHE_LIMIT"),
+        (partial(memory.nbytes_of_environment, "FASTBN_STREAM_BYTES"), "FASTBN_STREAM_BYTES"),
         (runtime._initial_isa, "FASTBN_ISA"),
     ],
 )
