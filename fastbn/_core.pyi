@@ -35,7 +35,7 @@ STATISTICS_ROWS: Final[int]
 OPENMP: Final[bool]  # compiled with OpenMP
 DEBUG: Final[bool]  # compiled with FASTBN_DEBUG=1
 COMPILER: Final[str]  # name and version of the C compiler
-MEASURED_STREAM_BYTES: Final[int]  # from so many bytes on, streaming stores have paid on such a processor
+MEASURED_STREAM_BYTES: Final[int]  # of a result from which streaming stores pay
 
 def isas() -> tuple[tuple[str, bool], ...]:
     """(name, available on this CPU and operating system) of every compiled ISA, best first."""
@@ -52,7 +52,9 @@ def activation_formulas() -> tuple[tuple[str, str, str, str], ...]:
 def stream_bytes() -> int:
     """Bytes of a result from which it is stored past the caches."""
 
-def set_stream_bytes(nbytes: int) -> None: ...
+def set_stream_bytes(nbytes: int) -> None:
+    """Store results of so many bytes or more past the caches."""
+
 def mask_nbytes(planar: bool, shape: _Shape) -> int:
     """Bytes of the mask that `forward` fills when an activation follows a residual."""
 

@@ -147,6 +147,8 @@ OPENMP = bool(FASTBN_OPENMP)
 DEBUG = bool(FASTBN_IS_DEBUG)
 COMPILER = FASTBN_COMPILER.decode()
 MEASURED_STREAM_BYTES = fastbn_stream_bytes()
+
+cdef int64_t least_streamed = fastbn_stream_bytes()
 cdef cnp.dtype FLOAT64 = cnp.PyArray_DescrFromType(cnp.NPY_DOUBLE)
 
 include "_schedule.pxi"
@@ -180,12 +182,12 @@ def openmp_in_parallel():
 
 
 def stream_bytes():
-    return stream_from
+    return least_streamed
 
 
 def set_stream_bytes(int64_t nbytes):
-    global stream_from
-    stream_from = nbytes
+    global least_streamed
+    least_streamed = nbytes
 
 
 def mask_nbytes(bint planar, tuple shape):
@@ -215,6 +217,7 @@ cdef Job new_job(int isa, int dtype, int threads, bint planar, tuple shape, tupl
     job.planar = planar
     job.outer, job.channels, job.inner = shape[0], shape[1], shape[2]
     job.x = operand(x)
+    job.stream_bytes = least_streamed
     return job
 
 

@@ -74,6 +74,7 @@ cdef struct Job:
     bint packed       # some array is strided: blocks pass through `packing`
     char *packing     # a part for each thread
     int64_t packing_size
+    int64_t stream_bytes  # of a result: so large, it is stored past the caches
     bint stream
 
 
@@ -96,9 +97,6 @@ cdef enum:
     BESIDE_BYTES = 2 << 10
     # Bytes of scratch that are kept for the next call.
     SPARE_BYTES = 4 << 20
-
-
-cdef int64_t stream_from = 0  # bytes of a result from which it is stored past the caches: set by fastbn/memory.py
 
 
 cdef inline int64_t ceil_div(int64_t a, int64_t b) noexcept nogil:
@@ -465,7 +463,7 @@ cdef bint balanced(int64_t channels, int threads) noexcept nogil:
 cdef void cut(Job *job) noexcept nogil:
     """Fix blocks and units. Nothing that cuts a sum depends on anything but the shape."""
     cdef int64_t rows, values, unit, whole, planar_block = job.kernels.planar_block
-    cdef int64_t run = job.inner * job.kernels.itemsize, total = job.outer * job.channels * run, row
+    cdef int64_t run = job.inner * job.kernels.itemsize, total = job.outer * job.channels * run, row_bytes
     cdef const char *written
     job.fold = fold_of(job.planar, job.channels)
     job.width = job.fold * job.channels
@@ -512,10 +510,10 @@ cdef void cut(Job *job) noexcept nogil:
     # Streaming pays where y is too large to be found in a cache later, and rows consist of whole lines of the cache, or
     # are so long that the lines at their ends do not matter.
     written = job.y.data if job.dy.data == NULL else job.dx.data
-    row = run if job.planar else job.width * job.kernels.itemsize
+    row_bytes = run if job.planar else job.width * job.kernels.itemsize
     job.stream = (written != NULL and written != job.x.data and written != job.residual.data and written != job.dy.data
-                  and total >= stream_from
-                  and (job.adjoining or row >= BESIDE_BYTES
+                  and total >= job.stream_bytes
+                  and (job.adjoining or row_bytes >= BESIDE_BYTES
                        or (not job.planar and has_whole_lines(job, &job.y) and has_whole_lines(job, &job.dx)
                            and has_whole_lines(job, &job.dresidual))))
 

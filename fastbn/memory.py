@@ -7,8 +7,8 @@ one, up to a limit. `FASTBN_CACHE_LIMIT` (bytes) sets it when fastbn is imported
 default is the smaller of 1 GiB and an eighth of the memory that this process may use.
 
 A store past the caches (a streaming store) does not read the line that it replaces. It pays where a result is too large
-to be found in a cache later; `FASTBN_STREAM_BYTES` or `set_stream_bytes` says from how many bytes on. No bit depends on
-it.
+to be found in a cache later; `FASTBN_STREAM_BYTES` or `set_stream_bytes` says from how many bytes on. On x86-64
+only; no bit depends on it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ __all__ = ["CacheInfo", "cache_info", "empty", "empty_cache", "set_cache_limit",
 MOST = 1 << 30
 SHARE = 8
 
+# More than any memory: what is below fits the core's integers.
 LARGEST = 1 << 62
 
 
@@ -137,7 +138,7 @@ def set_stream_bytes(nbytes: int | None) -> None:
     Parameters
     ----------
     nbytes : int or None
-        0 streams all of them; None goes back to the environment or to what was measured for this kind of processor.
+        0: all of them; more than any result has: none. None goes back to the environment or the default.
 
     Raises
     ------

@@ -321,7 +321,6 @@ def config() -> dict[str, str]:
         "dtypes": ", ".join(dtypes()),
         "activations": ", ".join(activations()),
         "cache": f"{cache.idle_bytes >> 20} of at most {cache.limit >> 20} MiB of freed results kept",
-        "streaming": f"results from {memory.stream_bytes() / 2**20:g} MiB on are stored past the caches",
         "cuda": cuda.description(),
     }
 

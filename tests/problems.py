@@ -102,6 +102,14 @@ def _every_other(x: Array, axis: int) -> Array:
     return view
 
 
+def _every_other_value(x: Array, axis: int) -> Array:
+    """The values of the last axis are every other one of a longer axis: a run is no row of adjacent values."""
+    room = np.zeros((*x.shape[:-1], 2 * x.shape[-1]), x.dtype)
+    view = room[..., ::2]
+    view[...] = x
+    return view
+
+
 def _reversed(x: Array, axis: int) -> Array:
     """The first axis runs backwards in memory."""
     return x[::-1].copy()[::-1]
@@ -125,6 +133,7 @@ MEMORY_ORDERS: dict[str, Callable[[Array, int], Array]] = {
     "channels-last-crop": lambda x, axis: np.moveaxis(_padded(np.moveaxis(x, axis, -1), -1), -1, axis),
     "padded": _padded,
     "every-other-channel": _every_other,
+    "every-other-value": _every_other_value,
     "reversed": _reversed,
     "unaligned": _unaligned,
     "byte-swapped": _swapped,

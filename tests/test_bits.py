@@ -96,7 +96,9 @@ def test_bits_do_not_depend_on_alignment(dtype, order):
 @each_dtype
 @pytest.mark.parametrize("threads", [1, 3])
 @each_shape([(5, 6, 7, 11), (3, 3, 70, 71), (2, 100, 600)])
-@pytest.mark.parametrize("order", ["reversed", "padded", "unaligned", "byte-swapped", "every-other-channel"])
+@pytest.mark.parametrize(
+    "order", ["reversed", "padded", "unaligned", "byte-swapped", "every-other-channel", "every-other-value"]
+)
 @pytest.mark.parametrize("activation", ["relu", "hardswish"])  # backward of the second reads the residual too
 def test_bits_of_a_view_are_those_of_its_copy(dtype, shape, order, threads, activation):
     """Same kernel family: how a planar array lies in memory changes nothing."""
@@ -175,7 +177,7 @@ def test_bits_of_streamed_output(isa, dtype, threads, axis, shape):
         room = np.empty(x.nbytes + 128, np.uint8)
         start = -room.ctypes.data % 64 + offset
         out = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
-        with fastbn.runtime.isa(isa), fastbn.threads(threads), streaming(0):
+        with fastbn.runtime.isa(isa), fastbn.threads(threads), streaming(True):
             for residual, activation in ((None, "relu"), (dy, "relu"), (dy, "identity")):
                 options = {"axis": axis, "activation": activation}
                 _, cache = fastbn.batchnorm_forward(x, residual=residual, out=out, **options)
@@ -271,7 +273,7 @@ def test_bits_of_a_drawn_call(request, seed):
     out = placed(expected["y"], int(rng.integers(64 // dtype.itemsize)) * dtype.itemsize) if rng.integers(2) else None
     flush = request.getfixturevalue("flush_to_zero") if seed % 2 else nullcontext
     isa, threads = str(rng.choice(ISAS)), int(rng.choice([1, 2, 3, 4, 7, 8, 16]))
-    stream = 0 if rng.integers(2) else None
+    stream = bool(rng.integers(2))
     for _ in range(2):
         with flush(), streaming(stream):
             results = run(problem._replace(**moved), activation, isa, threads, out=out)

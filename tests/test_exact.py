@@ -40,7 +40,7 @@ EXACT_SHAPES += [(1, 2, 4095), (1, 2, 4097), (1, 1, 1025), (511, 3), (513, 2), (
 EXACT_SLOPE = {name: ("leaky_relu", 0.25) if name == "leaky_relu" else name for name in ACTIVATIONS}
 ROUNDING = ("hardsigmoid", "hardswish")  # their constants are no numbers of a few bits
 # Whose memory order a result can have: the others are copied first.
-IN_PLACE = ("c-order", "channels-last", "every-other-channel", "reversed")
+IN_PLACE = ("c-order", "channels-last", "every-other-channel", "every-other-value", "reversed")
 
 AXES: dict[str, tuple[Any, ...]] = {
     "order": tuple(MEMORY_ORDERS),

@@ -42,7 +42,7 @@ def shapes(tail: int) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("family", ["planar", "interleaved"])
 @each_isa
 @each_dtype
-@pytest.mark.parametrize("stream", [None, 0], ids=["stored", "streamed"])
+@pytest.mark.parametrize("stream", [False, True], ids=["stored", "streamed"])
 def test_nothing_beyond_the_arrays_is_touched(stream, isa, dtype, family, at_end):
     rng = np.random.default_rng(0)
     with fastbn.runtime.isa(isa), streaming(stream):

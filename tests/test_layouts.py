@@ -8,7 +8,7 @@ from fastbn import _layout, reference
 from problems import MEMORY_ORDERS, SHAPES, assert_same_bits, dtype_of, make_parameters, make_random, shape_id
 from tolerances import dx_addends, dx_atol, forward_atol
 
-IN_PLACE = {"c-order", "channels-last", "every-other-channel", "reversed"}
+IN_PLACE = {"c-order", "channels-last", "every-other-channel", "every-other-value", "reversed"}
 
 
 def stride_view(array, axis, planar=None):

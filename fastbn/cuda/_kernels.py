@@ -308,10 +308,10 @@ def backward(variant: Variant) -> Any:
             rstd = peek_f64(statistics + 8 * (RSTD * channels + channel))
             scale = peek_f64(statistics + 8 * (GAMMA * channels + channel)) * rstd
             bias = peek_f64(statistics + 8 * (BETA * channels + channel))
-            low = peek_f64(statistics + 8 * (MEAN_LO * channels + channel))
+            mean_lo = peek_f64(statistics + 8 * (MEAN_LO * channels + channel))
             coefficients[0, index] = real(center)
             coefficients[1, index] = real(scale)
-            coefficients[2, index] = real(bias - finite(lost(real(center), center, low) * scale))
+            coefficients[2, index] = real(bias - finite(lost(real(center), center, mean_lo) * scale))
             for term in range(3, 6):
                 coefficients[term, index] = real(0)
         cuda.syncthreads()
