@@ -79,9 +79,8 @@ def main(arguments: list[str]) -> int:
                 print(f"fastbn: test-tsan: {race}, {way}: {reports or f'NOT FOUND {done.stderr}'}", flush=True)
         if missed:
             return 1
-        return run(
-            openmp, library, "", ["-m", "pytest", "-p", "no:cacheprovider", "--capture=sys", *arguments]
-        ).returncode
+        options = ["-p", "no:cacheprovider", "--capture=sys"]  # a report is written past Python: pytest would keep it
+        return run(openmp, library, "", ["-m", "pytest", *options, *arguments]).returncode
 
 
 if __name__ == "__main__":
