@@ -26,8 +26,8 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 each_mode = pytest.mark.parametrize("training", (True, False), ids=("training", "inference"))
 with_or_without_residual = pytest.mark.parametrize("with_residual", (False, True), ids=("plain", "residual"))
-# One planar and one interleaved family, and one that is packed before the kernels see it.
-ORDERS = ("c-order", "channels-last", "every-other-value")
+# One planar and one interleaved family, planes that do not adjoin, and runs that are packed before kernels see them.
+ORDERS = ("c-order", "channels-last", "every-other-channel", "every-other-value")
 each_order = pytest.mark.parametrize("order", ORDERS)
 
 
