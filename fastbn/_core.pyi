@@ -27,7 +27,8 @@ STATISTICS_MEAN: Final[int]  # mean, rounded to float64
 STATISTICS_MEAN_LO: Final[int]  # what the rounding of the mean has lost
 STATISTICS_M2: Final[int]  # sum of (x - mean)^2
 STATISTICS_VAR: Final[int]  # population variance
-STATISTICS_RSTD: Final[int]  # 1 / sqrt(var + eps)
+STATISTICS_RSTD: Final[int]  # 1 / sqrt(var + eps), rounded to float64
+STATISTICS_RSTD_LO: Final[int]  # what that rounding has lost
 STATISTICS_GAMMA: Final[int]  # copies of the vectors that forward was given, else 0
 STATISTICS_BETA: Final[int]
 STATISTICS_ROWS: Final[int]

@@ -20,12 +20,13 @@ cdef extern from "fastbn.h" nogil:
     enum:
         FASTBN_LANES
         FASTBN_PLANAR_BLOCK
+        FASTBN_INTERLEAVED_BLOCK
         FASTBN_FOLD_BELOW
         FASTBN_ALIGNMENT
         FASTBN_PLANES
 
     ctypedef struct fastbn_coefficients:
-        double mean, mean_lo, scale, beta, gradient, gradient_lo, slope
+        double center, off_center, scale, beta, level, off_level, slope
 
     ctypedef struct fastbn_operand:
         char *data
@@ -36,7 +37,6 @@ cdef extern from "fastbn.h" nogil:
         fastbn_operand x, residual, dy, y, dx, dresidual, mask
         const void *coefficients
         const double *x_shift
-        const double *dy_shift
         double *sums
         int64_t plane
         int activation
@@ -54,7 +54,7 @@ cdef extern from "fastbn.h" nogil:
     ctypedef void fastbn_kernel(const fastbn_block *) noexcept nogil
 
     ctypedef struct fastbn_kernels:
-        int64_t itemsize, coefficient_size, planar_block, interleaved_block
+        int64_t itemsize, coefficient_size, sums
         double shift_limit
         fastbn_kernel *stats[2]
         fastbn_kernel *apply[2]
@@ -64,7 +64,8 @@ cdef extern from "fastbn.h" nogil:
         fastbn_kernel *backward_apply_adjoining
         fastbn_pair *apply_beside_stats
         fastbn_pair *backward_apply_beside_stats
-        void (*round_coefficients)(const fastbn_coefficients *exact, void *coefficients, int64_t plane) noexcept nogil
+        void (*round_coefficients)(const fastbn_coefficients *exact, int backward, void *coefficients,
+                                   int64_t plane) noexcept nogil
         void (*copy2d)(const fastbn_copy2d *) noexcept nogil
 
     ctypedef struct fastbn_isa:
@@ -139,6 +140,7 @@ cpdef enum:
     STATISTICS_M2
     STATISTICS_VAR
     STATISTICS_RSTD
+    STATISTICS_RSTD_LO
     STATISTICS_GAMMA
     STATISTICS_BETA
     STATISTICS_ROWS

@@ -4,87 +4,196 @@
 from libc.math cimport fabs, sqrt
 
 
-cdef inline double usable_shift(double first) noexcept nogil:
-    """A shift must be finite, else it would turn an infinite sum into NaN."""
-    return first if first - first == 0 else 0
+cdef inline double finite(double value) noexcept nogil:
+    """0 for what is not: a shift, or what a rounding has lost, would turn an infinite sum into NaN."""
+    return value if value - value == 0 else 0
 
 
-cdef inline void two_sum(double a, double b, double *hi, double *lo) noexcept nogil:
-    """hi + lo = a + b exactly, hi rounded (Knuth). lo is 0 where hi is not finite."""
-    cdef double s = a + b, t = s - a
-    cdef double rest = (a - (s - t)) + (b - t)
-    hi[0] = s
-    lo[0] = rest if rest - rest == 0 else 0
+# ----------------------------------------------------------------------------------------------------
+# Unevaluated sums of two float64 numbers, the second below half an ulp of the first. Sums of float64 values are made in
+# nothing wider: what a rounding loses is kept, if `exact`. Those of others have digits to spare: there only a mean,
+# which is subtracted, has a second part. (Dekker, Numerische Mathematik 18 (1971), 224)
+
+cdef struct Pair:
+    double hi, lo
 
 
-cdef void add_blocks(Job *job, int64_t channel, double *first, double *second) noexcept nogil:
-    """The two sums of a channel over its blocks, in block order, compensated (Neumaier 1974): the error does not grow
-    with the number of blocks."""
-    cdef int64_t block, k
-    cdef double total[2]
-    cdef double lost[2]
-    cdef double value, t
-    cdef int p
-    total[0] = total[1] = lost[0] = lost[1] = 0
+cdef inline Pair single(double a) noexcept nogil:
+    cdef Pair pair
+    pair.hi, pair.lo = a, 0
+    return pair
+
+
+cdef inline Pair two_sum(double a, double b) noexcept nogil:
+    """a + b exactly (Knuth). lo is 0 where hi is not finite."""
+    cdef Pair sum
+    cdef double second
+    sum.hi = a + b
+    second = sum.hi - a
+    sum.lo = finite((a - (sum.hi - second)) + (b - second))
+    return sum
+
+
+cdef inline Pair two_product(double a, double b) noexcept nogil:
+    """a * b exactly, but for a factor beyond 2^996 or a product below 2^-969: there lo may be 0."""
+    cdef Pair product
+    cdef double a_wide = a * 0x8000001, b_wide = b * 0x8000001
+    cdef double a_high = a_wide - (a_wide - a), b_high = b_wide - (b_wide - b)
+    cdef double a_low = a - a_high, b_low = b - b_high
+    product.hi = a * b
+    product.lo = finite(((a_high * b_high - product.hi) + a_high * b_low + a_low * b_high) + a_low * b_low)
+    return product
+
+
+cdef inline Pair add(Pair a, Pair b, bint exact) noexcept nogil:
+    cdef Pair sum
+    if not exact:
+        return single(a.hi + b.hi)
+    sum = two_sum(a.hi, b.hi)
+    return two_sum(sum.hi, sum.lo + finite(a.lo + b.lo))
+
+
+cdef inline Pair multiply(Pair a, Pair b, bint exact) noexcept nogil:
+    cdef Pair product
+    if not exact:
+        return single(a.hi * b.hi)
+    product = two_product(a.hi, b.hi)
+    return two_sum(product.hi, product.lo + finite(a.hi * b.lo + a.lo * b.hi))
+
+
+cdef inline Pair negative(Pair a) noexcept nogil:
+    a.hi, a.lo = -a.hi, -a.lo
+    return a
+
+
+cdef inline Pair divide(Pair a, double b, bint exact) noexcept nogil:
+    cdef double quotient = a.hi / b
+    cdef Pair product
+    if not exact:
+        return single(quotient)
+    product = two_product(quotient, b)
+    return two_sum(quotient, finite(((a.hi - product.hi) - product.lo + a.lo) / b))
+
+
+cdef inline Pair reciprocal_square_root(Pair a, bint exact) noexcept nogil:
+    """A step of Newton's from the rounded one."""
+    cdef double root = 1 / sqrt(a.hi)
+    cdef Pair one
+    if not exact:
+        return single(root)
+    one = multiply(a, two_product(root, root), exact)
+    return two_sum(root, finite(root * ((1 - one.hi) - one.lo) / 2))
+
+
+# ----------------------------------------------------------------------------------------------------
+# sums
+
+cdef inline bint is_exact(Job *job) noexcept nogil:
+    return job.kernels.sums == 4
+
+
+cdef inline Pair add_blocks(Job *job, int64_t channel, int plane) noexcept nogil:
+    """A sum of a channel over its blocks, in block order, compensated (Neumaier 1974): the error does not grow with the
+    number of blocks."""
+    cdef bint exact = is_exact(job)
+    cdef const double *sums = job.sums + plane * job.width + channel
+    cdef int64_t block, k, step = job.kernels.sums * job.width
+    cdef double total = 0, lost = 0, value, t
     for block in range(job.blocks):
         for k in range(job.fold):
-            for p in range(2):
-                value = job.sums[(block * 2 + p) * job.width + channel + k * job.channels]
-                t = total[p] + value
-                lost[p] += (total[p] - t) + value if fabs(total[p]) >= fabs(value) else (value - t) + total[p]
-                total[p] = t
-    # an infinite total has lost NaN
-    first[0] = total[0] + usable_shift(lost[0])
-    second[0] = total[1] + usable_shift(lost[1])
+            value = sums[k * job.channels]
+            t = total + value
+            lost += (total - t) + value if fabs(total) >= fabs(value) else (value - t) + total
+            total = t
+            if exact:
+                lost += sums[2 * job.width + k * job.channels]
+        sums += step
+    lost = finite(lost)  # an infinite total has lost NaN
+    return two_sum(total, lost) if exact else single(total + lost)
 
 
-cdef void write_coefficients(Job *job, int64_t channel, const fastbn_coefficients *exact) noexcept nogil:
+# ----------------------------------------------------------------------------------------------------
+# channels
+
+cdef inline void write_coefficients(Job *job, int64_t channel, const fastbn_coefficients *exact,
+                                    bint backward) noexcept nogil:
     cdef int64_t k
     for k in range(job.fold):
         job.kernels.round_coefficients(
-            exact, job.coefficients + (channel + k * job.channels) * job.kernels.coefficient_size, job.width)
+            exact, backward, job.coefficients + (channel + k * job.channels) * job.kernels.coefficient_size, job.width)
 
 
-cdef fastbn_coefficients normalizer(Job *job, int64_t channel) noexcept nogil:
+cdef inline Pair statistic(Job *job, int64_t channel, int high, int low) noexcept nogil:
+    cdef Pair value
+    value.hi = job.statistics[high * job.channels + channel]
+    value.lo = job.statistics[low * job.channels + channel]
+    return value
+
+
+cdef inline void set_statistic(Job *job, int64_t channel, int high, int low, Pair value) noexcept nogil:
+    job.statistics[high * job.channels + channel] = value.hi
+    job.statistics[low * job.channels + channel] = value.lo
+
+
+cdef inline double center_of(Job *job, int64_t channel) noexcept nogil:
+    """What is subtracted from x before all else. Near the mean of data that are far from 0, the difference is exact,
+    and nothing else would do. Where x scatters around 0, subtracting the mean rounds, and adding its share with beta
+    loses nothing: no two large numbers cancel."""
+    cdef double mean = job.statistics[STATISTICS_MEAN * job.channels + channel]
+    cdef double var = job.statistics[STATISTICS_VAR * job.channels + channel]
+    return 0 if 0 < var and mean * mean <= 4 * var else mean
+
+
+cdef inline fastbn_coefficients normalizer(Job *job, int64_t channel, Pair mean, Pair rstd) noexcept nogil:
     """The coefficients of forward, which backward needs to find where the gradient passes."""
     cdef fastbn_coefficients exact
-    exact.mean = job.statistics[STATISTICS_MEAN * job.channels + channel]
-    exact.mean_lo = job.statistics[STATISTICS_MEAN_LO * job.channels + channel]
-    exact.scale = job.statistics[STATISTICS_RSTD * job.channels + channel]
+    exact.center = center_of(job, channel)
+    exact.off_center = mean.lo if exact.center == mean.hi else mean.hi
+    exact.scale = rstd.hi
     if job.gamma != NULL:
-        exact.scale *= job.gamma[channel]
+        exact.scale = multiply(single(job.gamma[channel]), rstd, is_exact(job)).hi
     exact.beta = job.beta[channel] if job.beta != NULL else 0
-    exact.gradient = exact.gradient_lo = exact.slope = 0
+    exact.level = exact.off_level = exact.slope = 0
     return exact
+
+
+cdef inline fastbn_coefficients kept_normalizer(Job *job, int64_t channel) noexcept nogil:
+    return normalizer(job, channel, statistic(job, channel, STATISTICS_MEAN, STATISTICS_MEAN_LO),
+                      statistic(job, channel, STATISTICS_RSTD, STATISTICS_RSTD_LO))
 
 
 cdef bint finish_forward(Job *job, int64_t channel, bint again) noexcept nogil:
     """Mean, variance and coefficients. True if the sums must be redone with the mean as shift: the first value was too
     far from it for sum(d^2) - sum(d)^2 / n to keep its digits (Chan, Golub and LeVeque 1983)."""
-    cdef double count = <double>(job.outer * job.inner), shift, delta, m2, square
+    cdef double count = <double>(job.outer * job.inner)
+    cdef bint exact_sums = is_exact(job)
+    cdef Pair total, squares, delta, mean, m2, var, rstd
     cdef fastbn_coefficients exact
-    cdef double *mean = job.statistics + STATISTICS_MEAN * job.channels + channel
-    cdef double *mean_lo = job.statistics + STATISTICS_MEAN_LO * job.channels + channel
-    cdef double *var = job.statistics + STATISTICS_VAR * job.channels + channel
     cdef int64_t k
     if job.reduce != NULL:
-        add_blocks(job, channel, &delta, &square)
-        shift = job.x_shift[channel]
-        m2 = square - delta * (delta / count)
-        delta /= count
-        if m2 < 0:
-            m2 = 0
-        two_sum(shift, delta, mean, mean_lo)
-        var[0] = m2 / count
-        job.statistics[STATISTICS_M2 * job.channels + channel] = m2
-        if not again and delta * delta > job.kernels.shift_limit * var[0]:
+        total, squares = add_blocks(job, channel, 0), add_blocks(job, channel, 1)
+        delta = divide(total, count, exact_sums)
+        mean = two_sum(job.x_shift[channel], delta.hi)
+        mean.lo += delta.lo
+        m2 = add(squares, negative(multiply(total, delta, exact_sums)), exact_sums)
+        if m2.hi < 0:
+            m2.hi = m2.lo = 0
+        var = divide(m2, count, exact_sums)
+        set_statistic(job, channel, STATISTICS_MEAN, STATISTICS_MEAN_LO, mean)
+        job.statistics[STATISTICS_M2 * job.channels + channel] = m2.hi
+        job.statistics[STATISTICS_VAR * job.channels + channel] = var.hi
+        if not again and delta.hi * delta.hi > job.kernels.shift_limit * var.hi:
             for k in range(job.fold):
-                job.x_shift[channel + k * job.channels] = mean[0]
+                job.x_shift[channel + k * job.channels] = mean.hi
             return True
+    else:
+        mean = single(job.statistics[STATISTICS_MEAN * job.channels + channel])
+        var = single(job.statistics[STATISTICS_VAR * job.channels + channel])
     if not job.statistics_only:
-        job.statistics[STATISTICS_RSTD * job.channels + channel] = 1 / sqrt(var[0] + job.eps)
-        exact = normalizer(job, channel)
-        write_coefficients(job, channel, &exact)
+        rstd = reciprocal_square_root(add(var, single(job.eps), exact_sums), exact_sums)
+        set_statistic(job, channel, STATISTICS_RSTD, STATISTICS_RSTD_LO, rstd)
+        exact = normalizer(job, channel, mean, rstd)
+        write_coefficients(job, channel, &exact, False)
     return False
 
 
@@ -101,19 +210,27 @@ cdef bint all_finite(Job *job) noexcept nogil:
 
 
 cdef bint finish_backward(Job *job, int64_t channel, bint again) noexcept nogil:
-    """dgamma, dbeta and the coefficients of dx. The sums are of e = g - shift and of e * (x - mean_hi); as the
-    deviations x - mean add to zero, sum(e * (x - mean)) is sum(g * (x - mean)), and an offset of g costs no digits."""
-    cdef double count = <double>(job.outer * job.inner), sum_e, sum_ed, rstd
-    cdef fastbn_coefficients exact = normalizer(job, channel)
+    """dgamma, dbeta and the coefficients of dx, from the sums of g and of g * (x - center)."""
+    cdef double count = <double>(job.outer * job.inner)
+    cdef bint exact_sums = is_exact(job)
+    cdef Pair sum_g, sum_gd, mean, rstd
+    cdef fastbn_coefficients exact = kept_normalizer(job, channel)
     if job.reduce == NULL:  # with given statistics, dx needs no sums
-        write_coefficients(job, channel, &exact)
+        write_coefficients(job, channel, &exact, True)
         return False
-    add_blocks(job, channel, &sum_e, &sum_ed)
-    rstd = job.statistics[STATISTICS_RSTD * job.channels + channel]
-    sum_ed -= exact.mean_lo * sum_e
-    job.dbeta[channel] = count * job.dy_shift[channel] + sum_e
-    job.dgamma[channel] = rstd * sum_ed
-    two_sum(job.dy_shift[channel], sum_e / count, &exact.gradient, &exact.gradient_lo)
-    exact.slope = rstd * rstd * (sum_ed / count)
-    write_coefficients(job, channel, &exact)
+    sum_g, sum_gd = add_blocks(job, channel, 0), add_blocks(job, channel, 1)
+    mean = statistic(job, channel, STATISTICS_MEAN, STATISTICS_MEAN_LO)
+    rstd = statistic(job, channel, STATISTICS_RSTD, STATISTICS_RSTD_LO)
+    if exact.center == mean.hi:  # else it is 0
+        mean = single(mean.lo)
+    sum_gd = add(sum_gd, negative(multiply(mean, sum_g, exact_sums)), exact_sums)
+    job.dbeta[channel] = sum_g.hi
+    job.dgamma[channel] = multiply(rstd, sum_gd, exact_sums).hi
+    mean = divide(sum_g, count, exact_sums)
+    # As center_of: nothing is subtracted from g before all else if its first value is as far from the mean as the mean
+    # is from 0, so that the largest dx is as large as the offset.
+    exact.level = 0 if fabs(mean.hi) <= 2 * fabs(job.dy_first[channel] - mean.hi) else mean.hi
+    exact.off_level = mean.lo if exact.level == mean.hi else mean.hi
+    exact.slope = rstd.hi * rstd.hi * (sum_gd.hi / count)
+    write_coefficients(job, channel, &exact, True)
     return False

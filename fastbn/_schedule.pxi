@@ -68,7 +68,7 @@ cdef struct Job:
     # scratch, one allocation
     double *sums
     double *x_shift
-    double *dy_shift
+    double *dy_first  # the first g of a channel
     char *coefficients
     char *redo        # a flag a channel
     bint packed       # some array is strided: blocks pass through `packing`
@@ -92,7 +92,7 @@ cdef enum:
     # Ranges of units that a thread gets on average: enough to even out, few enough to cost nothing.
     TASKS_PER_THREAD = 4
     # Sums that one thread finishes while others would still wake up.
-    SERIAL_SUMS = 8192
+    SERIAL_SUMS = 1024
     # Bytes of a run from which map and reduce go side by side. The map takes shorter runs as one, if they adjoin.
     BESIDE_BYTES = 2 << 10
     # Bytes of scratch that are kept for the next call.
@@ -171,7 +171,6 @@ cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t
     b.plane = job.width
     b.coefficients = job.coefficients + channel * job.kernels.coefficient_size
     b.x_shift = job.x_shift + channel
-    b.dy_shift = job.dy_shift + channel
 
 
 cdef inline void redirect(fastbn_operand *operand, char **buffer, const fastbn_block *b, int64_t row) noexcept nogil:
@@ -229,12 +228,12 @@ cdef fastbn_block planar_block(Job *job, int64_t channel, int64_t channels, int6
     """One block of each of some channels."""
     cdef fastbn_block b
     cdef int64_t row = block // job.segments * job.rows_per_block
-    cdef int64_t inner = block % job.segments * job.kernels.planar_block
+    cdef int64_t inner = block % job.segments * FASTBN_PLANAR_BLOCK
     b.rows = min(job.rows_per_block, job.outer - row)
-    b.columns = min(job.inner - inner, job.kernels.planar_block) if job.segments > 1 else job.inner
+    b.columns = min(job.inner - inner, FASTBN_PLANAR_BLOCK) if job.segments > 1 else job.inner
     b.channels = channels
     place(job, &b, row, channel, inner, mapping)
-    b.sums = job.sums + block * 2 * job.width + channel
+    b.sums = job.sums + block * job.kernels.sums * job.width + channel
     return b
 
 
@@ -267,7 +266,7 @@ cdef void run_interleaved(Job *job, fastbn_kernel *kernel, int thread, int64_t b
     while row < last:
         b.rows = min(step, last - row)
         place(job, &b, row * job.fold, column, 0, mapping)
-        b.sums = job.sums + block * 2 * job.width + column
+        b.sums = job.sums + block * job.kernels.sums * job.width + column
         if job.packed:
             run_packed(job, kernel, &b, thread)
         else:
@@ -281,17 +280,16 @@ include "_finish.pxi"
 # ----------------------------------------------------------------------------------------------------
 # workers: what a thread does with a range of units
 
-cdef void set_shifts(Job *job, int64_t channel, double first) noexcept nogil:
-    """Shifts of a channel, from the first x or (backward) the first g. With given statistics the deviations of x do not
-    add to zero, so g must not be shifted."""
-    cdef bint backward = job.dy.data != NULL
-    cdef double x = usable_shift(first), g = x if job.training else 0
+cdef void set_shift(Job *job, int64_t channel, double first) noexcept nogil:
+    """What is subtracted from x before summing: the first x, or (backward) what forward has found; `first` is the first
+    g there."""
+    cdef double shift = finite(first)
     cdef int64_t k
-    if backward:
-        x = job.statistics[STATISTICS_MEAN * job.channels + channel]
+    if job.dy.data != NULL:
+        job.dy_first[channel] = shift
+        shift = center_of(job, channel)
     for k in range(job.fold):
-        job.x_shift[channel + k * job.channels] = x
-        job.dy_shift[channel + k * job.channels] = g
+        job.x_shift[channel + k * job.channels] = shift
 
 
 cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
@@ -301,10 +299,9 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
     cdef fastbn_coefficients exact
     if job.dy.data != NULL:  # where an activation has let the gradient pass is found from x
         for channel in range(first, last):
-            exact = normalizer(job, channel)
-            write_coefficients(job, channel, &exact)
+            exact = kept_normalizer(job, channel)
+            write_coefficients(job, channel, &exact, False)
     memset(job.x_shift + first, 0, (last - first) * sizeof(double))
-    memset(job.dy_shift + first, 0, (last - first) * sizeof(double))
     if job.planar:
         b.rows = b.columns = 1
         b.channels = last - first
@@ -312,7 +309,7 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
         b.sums = job.sums + first
         job.reduce(&b)
     else:
-        memset(job.sums, 0, 2 * job.width * sizeof(double))
+        memset(job.sums, 0, job.kernels.sums * job.width * sizeof(double))
         channel = 0
         while channel < job.channels:  # whole groups: a mask has no address for a single channel
             b.rows = 1
@@ -325,7 +322,7 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
                 job.reduce(&b)
             channel += b.columns
     for channel in range(first, last):
-        set_shifts(job, channel, job.sums[channel])
+        set_shift(job, channel, job.sums[channel])
 
 
 cdef void reduce_units(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
@@ -338,11 +335,11 @@ cdef void reduce_units(Job *job, int thread, int64_t first, int64_t last) noexce
                        False)
         else:
             block, column = unit // job.groups, unit % job.groups * job.group
-            row = block * job.kernels.interleaved_block
+            row = block * FASTBN_INTERLEAVED_BLOCK
             if row >= rows:
                 run_interleaved(job, job.reduce, thread, block, rows, rows + 1, 0, 0, False)
             else:
-                run_interleaved(job, job.reduce, thread, block, row, min(row + job.kernels.interleaved_block, rows),
+                run_interleaved(job, job.reduce, thread, block, row, min(row + FASTBN_INTERLEAVED_BLOCK, rows),
                                 column, min(job.group, job.width - column), False)
 
 
@@ -462,7 +459,7 @@ cdef bint balanced(int64_t channels, int threads) noexcept nogil:
 
 cdef void cut(Job *job) noexcept nogil:
     """Fix blocks and units. Nothing that cuts a sum depends on anything but the shape."""
-    cdef int64_t rows, values, unit, whole, planar_block = job.kernels.planar_block
+    cdef int64_t rows, values, unit, whole
     cdef int64_t run = job.inner * job.kernels.itemsize, total = job.outer * job.channels * run, row_bytes
     cdef const char *written
     job.fold = fold_of(job.planar, job.channels)
@@ -475,14 +472,14 @@ cdef void cut(Job *job) noexcept nogil:
     job.segments = 1
     job.by_channel = False
     if job.planar:
-        if job.inner > planar_block:
-            job.segments = ceil_div(job.inner, planar_block)
+        if job.inner > FASTBN_PLANAR_BLOCK:
+            job.segments = ceil_div(job.inner, FASTBN_PLANAR_BLOCK)
             job.rows_per_block = 1
         else:
-            job.rows_per_block = min(job.outer, planar_block // job.inner)
+            job.rows_per_block = min(job.outer, FASTBN_PLANAR_BLOCK // job.inner)
         job.blocks = job.segments * ceil_div(job.outer, job.rows_per_block)
         job.by_channel = job.reduce != NULL and not job.finite_first and balanced(job.channels, job.threads)
-        values = job.outer * job.inner if job.by_channel else job.rows_per_block * min(job.inner, planar_block)
+        values = job.outer * job.inner if job.by_channel else job.rows_per_block * min(job.inner, FASTBN_PLANAR_BLOCK)
         unit = UNIT_BYTES if job.by_channel else PHASE_UNIT_BYTES
         job.group = max(1, min(unit // (values * job.kernels.itemsize), job.channels // job.threads))
         whole = FASTBN_LANES // gcd(job.inner, FASTBN_LANES)  # so many channels are whole lines of the cache
@@ -496,7 +493,7 @@ cdef void cut(Job *job) noexcept nogil:
         job.groups = ceil_div(job.channels, job.group)
     else:
         rows = job.outer // job.fold
-        job.blocks = ceil_div(rows, job.kernels.interleaved_block) + (rows * job.fold < job.outer)
+        job.blocks = ceil_div(rows, FASTBN_INTERLEAVED_BLOCK) + (rows * job.fold < job.outer)
         job.group = GROUP_COLUMNS if job.fold == 1 else job.width
         while (job.fold == 1 and job.group > LEAST_COLUMNS
                and job.blocks * ceil_div(job.width, job.group) < 2 * job.threads * TASKS_PER_THREAD):
@@ -532,7 +529,7 @@ cdef int64_t lay_out(Job *job, char *memory) noexcept nogil:
     """Divide the scratch; returns its size. Called twice: to measure and to place."""
     cdef char *cursor = memory
     job.x_shift = <double *>take(&cursor, job.width * sizeof(double))
-    job.dy_shift = <double *>take(&cursor, job.width * sizeof(double))
+    job.dy_first = <double *>take(&cursor, job.channels * sizeof(double))
     job.coefficients = take(&cursor, FASTBN_PLANES * job.width * job.kernels.coefficient_size)
     job.redo = take(&cursor, job.channels)
     job.sums = <double *>take(&cursor, sums_size(job) if job.reduce != NULL else 0)
@@ -545,8 +542,8 @@ cdef int64_t lay_out(Job *job, char *memory) noexcept nogil:
 
 
 cdef int64_t sums_size(Job *job) noexcept nogil:
-    """Bytes: two planes of `width` sums for each block."""
-    return 2 * job.blocks * job.width * sizeof(double)
+    """Bytes: planes of `width` sums for each block."""
+    return job.kernels.sums * job.blocks * job.width * sizeof(double)
 
 
 cdef void reduce_phase(Job *job) noexcept nogil:

@@ -14,37 +14,35 @@
 #include <stdint.h>
 
 /* What cuts a partial sum is fixed here and nowhere else: changing one of these changes the bits of results. A sum in
- * one variable takes at most block / lanes additions; float64 data have no bits to spare for their roundings. */
+ * one variable takes at most block / lanes additions. */
 enum {
-    FASTBN_LANES = 16,          /* planar: column j of a row adds to lane j % 16 */
-    FASTBN_PLANAR_BLOCK = 4096, /* planar: at most this many values before the lanes are closed */
-    FASTBN_PLANAR_BLOCK_F64 = 1024,
+    FASTBN_LANES = 16,              /* planar: column j of a row adds to lane j % 16 */
+    FASTBN_PLANAR_BLOCK = 4096,     /* planar: at most this many values before the lanes are closed */
     FASTBN_INTERLEAVED_BLOCK = 512, /* interleaved: rows before the sums of a column are closed */
-    FASTBN_INTERLEAVED_BLOCK_F64 = 64,
-    FASTBN_FOLD_BELOW = 64, /* interleaved: rows of fewer channels are folded to whole vectors of lanes */
+    FASTBN_FOLD_BELOW = 64,         /* interleaved: rows of fewer channels are folded to whole vectors of lanes */
 };
 
 /* Alignment of our own buffers: a cache line, and the widest register. */
 enum { FASTBN_ALIGNMENT = 64 };
 
-/* What forward and backward know of a channel; a mean is the unevaluated sum of two numbers. */
+/* What forward and backward know of a channel. */
 typedef struct fastbn_coefficients {
-    double mean, mean_lo;
-    double scale; /* gamma * rstd */
+    double center, off_center; /* subtracted from x before all else; mean - center */
+    double scale;              /* gamma * rstd */
     double beta;
-    double gradient, gradient_lo; /* mean of g */
-    double slope;                 /* rstd^2 * mean(g * (x - mean)) */
+    double level, off_level; /* subtracted from g before all else; mean of g - level */
+    double slope;            /* rstd^2 * mean(g * (x - mean)) */
 } fastbn_coefficients;
 
-/* The same as kernels use it: planes in the dtype of the arithmetic, of which the first three serve forward. What the
- * rounding of a mean loses is no number of its own there: it is taken from what is added last. */
+/* The same as kernels use it: planes in the dtype of the arithmetic, of which the first three serve forward. What is
+ * not subtracted from x or g before, and what the rounding of center and level has lost, comes with what is added. */
 enum {
-    FASTBN_MEAN,
+    FASTBN_CENTER,
     FASTBN_SCALE,
-    FASTBN_OFFSET, /* beta - lost * scale, lost = what the rounding of the mean has lost */
-    FASTBN_GRADIENT,
-    FASTBN_SLOPE,
-    FASTBN_REST, /* what the rounding of the mean of g has lost, less lost * slope */
+    FASTBN_OFFSET, /* beta - off_center * scale */
+    FASTBN_LEVEL,
+    FASTBN_SLOPE, /* -slope */
+    FASTBN_REST,  /* (off_center * slope - off_level) * scale */
     FASTBN_PLANES
 };
 
@@ -62,9 +60,9 @@ typedef struct fastbn_block {
     fastbn_operand y, dx, dresidual; /* written */
     fastbn_operand mask;             /* a bit a value, set where the activation is open; fastbn_mask_stride(columns) */
     /* One value for each channel (planar) or column (interleaved); all planes are `plane` elements apart. */
-    const void *coefficients;         /* FASTBN_PLANES planes */
-    const double *x_shift, *dy_shift; /* subtracted before summing */
-    double *sums;                     /* two planes of sums: written (planar) or added to (interleaved) */
+    const void *coefficients; /* FASTBN_PLANES planes */
+    const double *x_shift;    /* subtracted before summing */
+    double *sums;             /* planes of sums: written (planar) or added to (interleaved) */
     int64_t plane;
     int activation; /* row of activations.def */
     double negative_slope;
@@ -88,19 +86,20 @@ typedef void fastbn_pair(const fastbn_block *map, const fastbn_block *reduce);
 typedef struct fastbn_kernels {
     int64_t itemsize;         /* bytes of a value of x */
     int64_t coefficient_size; /* bytes of a coefficient */
-    int64_t planar_block;     /* FASTBN_PLANAR_BLOCK or FASTBN_PLANAR_BLOCK_F64, and so on */
-    int64_t interleaved_block;
+    /* Planes of sums: the two, and of float64 values what the additions to them have lost: they have no bits to spare
+     * for roundings. */
+    int64_t sums;
     double shift_limit;               /* sums are redone if (mean - x_shift)^2 exceeds so many variances */
     fastbn_kernel *stats[2];          /* sums of d and d^2, d = x - x_shift;  [0] interleaved, [1] planar */
     fastbn_kernel *apply[2];          /* y (and mask) from x, residual, coefficients */
-    fastbn_kernel *backward_stats[2]; /* sums of e and e*d, e = g - dy_shift, d = x - x_shift */
+    fastbn_kernel *backward_stats[2]; /* sums of g and g*d, d = x - x_shift */
     fastbn_kernel *backward_apply[2]; /* dx (and dresidual) from x, dy, coefficients, mask */
     /* Planar, where the runs of neighbouring channels adjoin, and without a mask. */
     fastbn_kernel *apply_adjoining, *backward_apply_adjoining;
     /* Planar, both for the same rows and columns: the first kernel's work on one block, the second's on another. */
     fastbn_pair *apply_beside_stats, *backward_apply_beside_stats;
-    /* Round the coefficients of one channel into their planes. */
-    void (*round_coefficients)(const fastbn_coefficients *exact, void *coefficients, int64_t plane);
+    /* Round the coefficients of one channel into their planes, all or those of forward. */
+    void (*round_coefficients)(const fastbn_coefficients *exact, int backward, void *coefficients, int64_t plane);
     void (*copy2d)(const fastbn_copy2d *);
 } fastbn_kernels;
 

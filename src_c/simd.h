@@ -21,6 +21,9 @@
 #else
 #define SIMD_BYTES 16
 #endif
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline, unused))
 
@@ -316,6 +319,69 @@ INLINE vec_f64 widen_part_f64(vec_f64 v, int part)
 {
     (void)part;
     return v;
+}
+
+/* a + b, and what its rounding has lost: exact, if finite (Knuth) */
+INLINE vec_f64 two_sum_f64(vec_f64 a, vec_f64 b, vec_f64 *lost)
+{
+    const vec_f64 sum = a + b, second = sum - a;
+    *lost = (a - (sum - second)) + (b - second);
+    return sum;
+}
+
+/* a * b, and what its rounding has lost: exact, unless a factor exceeds 2^996 or the product 2^-969 (Dekker) */
+INLINE vec_f64 two_product_f64(vec_f64 a, vec_f64 b, vec_f64 *lost)
+{
+    const vec_f64 product = a * b, a_wide = a * 0x8000001p0, b_wide = b * 0x8000001p0;
+    const vec_f64 a_high = a_wide - (a_wide - a), a_low = a - a_high;
+    const vec_f64 b_high = b_wide - (b_wide - b), b_low = b - b_high;
+    *lost = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low;
+    return product;
+}
+
+/* a * b + c. float32: rounded once, as all processors since 2013 can; without the instruction, in float64, where the
+ * product is exact, and the sum rounded to odd, after which rounding to float32 is as if it were the first (Boldo and
+ * Melquiond, IEEE Trans. Computers 57 (2008), 462). float64: rounded twice, for there is nothing wider. */
+INLINE vec_f32 multiply_add_f32(vec_f32 a, vec_f32 b, vec_f32 c)
+{
+#if defined(__AVX512F__)
+    return (vec_f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vec_f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vec_f32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    vec_f64 sums[2];
+    EACH(part, 2) {
+        const vec_f64 product = widen_part_f32(a, part) * widen_part_f32(b, part);
+        vec_f64 lost;
+        const vec_f64 sum = two_sum_f64(product, widen_part_f32(c, part), &lost);
+        const mask_f64 inexact = (lost < 0) | (lost > 0), away = ~((lost > 0) ^ (sum > 0));
+        const mask_f64 bits = (mask_f64)sum, even = (bits & 1) - 1;
+        sums[part] = (vec_f64)(bits + (((away & 2) - 1) & inexact & even));
+    }
+    /* not as conversions of lanes: from those, and back to float64, gcc 12 removes the rounding */
+    return (vec_f32)_mm_movelh_ps(_mm_cvtpd_ps((__m128d)sums[0]), _mm_cvtpd_ps((__m128d)sums[1]));
+#endif
+}
+
+INLINE vec_f64 multiply_add_f64(vec_f64 a, vec_f64 b, vec_f64 c)
+{
+    return a * b + c;
+}
+
+/* c + a * b, where a * b needs no rounding: fused or not is the same */
+INLINE vec_f64 add_exact_product_f64(vec_f64 a, vec_f64 b, vec_f64 c)
+{
+#if defined(__AVX512F__)
+    return (vec_f64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+    return (vec_f64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+    return (vec_f64)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+    return c + a * b;
+#endif
 }
 
 /* ---- half precision: 16 bits in memory, float32 in registers ---- */

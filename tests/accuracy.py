@@ -285,8 +285,10 @@ def beaten(measured: dict[str, dict[str, Errors]]) -> str:
             rows += bool(known)
             if ours > max(1.0, others.get(best, ours)):
                 lines.append(f"* {quantity}, {case}: {shown(ours)}; {best} {shown(others[best])}")
-    head = f"In {rows - len(lines)} of {rows} rows fastbn is within 1 ulp, or nobody else is more accurate. The others:"
-    return "\n".join([head, "", *lines])
+    claim = "fastbn is within 1 ulp, or nobody else is more accurate."
+    if not lines:
+        return f"In all {rows} rows {claim}"
+    return "\n".join([f"In {rows - len(lines)} of {rows} rows {claim} The others:", "", *lines])
 
 
 def main(arguments: list[str] | None = None) -> int:

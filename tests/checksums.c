@@ -96,7 +96,7 @@ static const char *const kernel_names[KERNELS] = {"stats",
 
 // The arrays of a block, for values of the largest dtype.
 static char *x, *residual, *dy, *y, *dx, *dresidual, *mask, *copied;
-static double *sums, *x_shift, *dy_shift, *coefficients;
+static double *sums, *x_shift, *coefficients;
 
 static fastbn_operand operand(char *data, const fastbn_block *b, int planar, int64_t row_bytes)
 {
@@ -120,32 +120,31 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
     for (int64_t i = 0; i < per_channel; i++) {
         double drawn[7];
         for (int j = 0; j < 7; j++) drawn[j] = (double)(next_random(&seed) % 4001) / 1536 - 1.25;
-        const fastbn_coefficients exact = {.mean = drawn[0],
-                                           .mean_lo = drawn[1] * 0x1p-30,
+        const fastbn_coefficients exact = {.center =
+                                               width % 4 < 2 ? 0 : drawn[0],  // not subtracted: sums of other kernels
+                                           .off_center = drawn[1] * 0x1p-30,
                                            .scale = drawn[2],
                                            .beta = drawn[3],
-                                           .gradient = drawn[4],
-                                           .gradient_lo = drawn[5] * 0x1p-30,
+                                           .level = drawn[4],
+                                           .off_level = drawn[5] * 0x1p-30,
                                            .slope = drawn[6]};
-        k->round_coefficients(&exact, (char *)coefficients + i * k->coefficient_size, per_channel);
-        x_shift[i] = exact.mean;
-        dy_shift[i] = exact.gradient;
+        k->round_coefficients(&exact, 1, (char *)coefficients + i * k->coefficient_size, per_channel);
+        x_shift[i] = exact.center;
     }
     h[COEFFICIENTS] = hash(h[COEFFICIENTS], coefficients, FASTBN_PLANES * per_channel, arithmetic);
 
     b.x = operand(x, &b, planar, (int64_t)width * f.bytes);
     b.coefficients = coefficients;
     b.x_shift = x_shift;
-    b.dy_shift = dy_shift;
     b.sums = sums;
     b.plane = per_channel;
     b.activation = activation;
     b.negative_slope = 0.2;
     b.training = 1;
     b.stream = width % 2;
-    memset(sums, 0, 2 * per_channel * sizeof *sums);
+    memset(sums, 0, k->sums * per_channel * sizeof *sums);
     k->stats[planar](&b);
-    h[STATS] = hash(h[STATS], sums, 2 * per_channel, wide);
+    h[STATS] = hash(h[STATS], sums, k->sums * per_channel, wide);
 
     if (with_residual) b.residual = operand(residual, &b, planar, b.x.channel);
     b.y = operand(y, &b, planar, b.x.channel);
@@ -159,9 +158,9 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
     b.dx = operand(dx, &b, planar, b.x.channel);
     if (with_residual) b.dresidual = operand(dresidual, &b, planar, b.x.channel);
     if (masked) b.residual = (fastbn_operand){0};
-    memset(sums, 0, 2 * per_channel * sizeof *sums);
+    memset(sums, 0, k->sums * per_channel * sizeof *sums);
     k->backward_stats[planar](&b);
-    h[BACKWARD_STATS] = hash(h[BACKWARD_STATS], sums, 2 * per_channel, wide);
+    h[BACKWARD_STATS] = hash(h[BACKWARD_STATS], sums, k->sums * per_channel, wide);
     for (b.training = 0; b.training < 2; b.training++) {
         k->backward_apply[planar](&b);
         h[BACKWARD_APPLY] = hash(h[BACKWARD_APPLY], dx, count, f);
@@ -173,10 +172,10 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
         other.dy.data = x;
         other.channels = channels > NEIGHBOUR ? channels - NEIGHBOUR : channels;
         k->backward_apply_beside_stats(&b, &other);
-        h[BACKWARD_BESIDE] = hash(hash(h[BACKWARD_BESIDE], dx, count, f), sums, 2 * per_channel, wide);
+        h[BACKWARD_BESIDE] = hash(hash(h[BACKWARD_BESIDE], dx, count, f), sums, k->sums * per_channel, wide);
         if (masked) b.residual = operand(residual, &b, planar, b.x.channel);
         k->apply_beside_stats(&b, &other);
-        h[BESIDE] = hash(hash(h[BESIDE], y, count, f), sums, 2 * per_channel, wide);
+        h[BESIDE] = hash(hash(h[BESIDE], y, count, f), sums, k->sums * per_channel, wide);
         b.mask = (fastbn_operand){0};
         k->apply_adjoining(&b);
         h[ADJOINING] = hash(h[ADJOINING], y, count, f);
@@ -196,7 +195,6 @@ int main(void)
     for (size_t i = 0; i < sizeof arrays / sizeof arrays[0]; i++) *arrays[i] = room(bytes);
     sums = room(bytes);
     x_shift = room(bytes);
-    dy_shift = room(bytes);
     coefficients = room(bytes);
     for (int isa = 0; isa < fastbn_isa_count(); isa++) {
         if (!fastbn_isa_available(isa)) continue;

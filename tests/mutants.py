@@ -62,6 +62,7 @@ QUICK = {
     "test_inplace_and_out.py::test_out_of_backward_may_be_dy": 8,
     "test_forward.py::test_statistics_are_as_accurate_as_promised": 8,
     "test_backward.py::test_offsets_of_x_and_dy_cost_no_digits": 4,
+    "test_backward.py::test_float64_gradients_keep_what_additions_lose": 4,
     "test_forward.py::test_hostile_data_stay_in_their_channel": 12,
     "test_guard_pages.py::test_nothing_beyond_the_arrays_is_touched": 4,
     "test_dispatch.py::test_dispatch_gives_a_processor_what_it_knows": 6,
@@ -71,6 +72,9 @@ THOROUGH = {
     "test_bits.py::test_bits_of_hostile_data": 16,
     "test_forward.py::test_nan_and_infinity_through_activations": 144,
     "test_forward.py::test_results_are_rounded_to_nearest_even": 16,
+    "test_forward.py::test_product_and_offset_are_rounded_once": 4,
+    "test_forward.py::test_y_is_within_one_rounding_of_the_largest": 16,
+    "test_backward.py::test_float64_gradients_keep_what_additions_lose": 32,
     "test_forward.py::test_leaky_relu_has_the_slope_that_is_asked_for": 4,
     "test_backward.py::test_inference_gradient_is_g_times_scale_even_beside_infinity": 2,
     "test_backward.py::test_gradient_of_an_outlier_that_the_activation_stops": 8,
@@ -116,11 +120,11 @@ ARGUMENT = r"(?:[^,()]+|[^,()]*\([^()]*\)[^,()]*)"
 # Names that a tired author takes for one another.
 TWINS = (
     "rows columns, row channel, row column, outer inner, block row, channel column, first last, first second, hi lo, "
-    "mean mean_lo, gradient gradient_lo, gradient rest, MEAN GRADIENT, OFFSET REST, sum product, sums squares, sum "
-    "square, x dy, x residual, y dx, dx dresidual, x_shift dy_shift, source destination, map reduce, SCALE OFFSET, "
-    "scale offset, delta square, dgamma dbeta, gamma beta, units map_units, group groups, fold channels, width "
-    "channels, mean var, applied summed, count columns, scale beta, where_open where_shut, low high, yes no, least "
-    "greatest, sum_e sum_ed, b next"
+    "mean mean_lo, center off_center, level off_level, level rest, CENTER LEVEL, OFFSET REST, sum product, sum lost, "
+    "total squares, x dy, x residual, y dx, dx dresidual, source destination, map reduce, SCALE "
+    "OFFSET, scale offset, delta square, dgamma dbeta, gamma beta, units map_units, group groups, fold channels, "
+    "width channels, mean var, applied summed, count columns, scale beta, where_open where_shut, low high, yes no, "
+    "least greatest, sum_g sum_gd, b next"
 )
 PAIRS = [tuple(pair.split()) for pair in TWINS.split(",")]
 

@@ -1,5 +1,7 @@
 """Backward against finite differences (the reference) and against the reference (the kernels)."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -16,9 +18,10 @@ from combinations import (
     make_problem,
     with_or_without_residual,
 )
-from problems import MEMORY_ORDERS, SHAPES, TAIL_SHAPES, finfo, make_random
+from problems import MEMORY_ORDERS, SHAPES, TAIL_SHAPES, exact_statistics, finfo, make_random
 from tolerances import (
     EXACT_ACTIVATIONS,
+    U64,
     central_difference_atol,
     central_difference_step,
     dx_addends,
@@ -53,7 +56,6 @@ def check(problem, activation, cache, gradients):
         steps = rounding * (2 if cache._training else 1)  # g and its mean
         assert error <= dx_atol(dtype, largest) + steps * abs(gamma) * reference.rstd[channel], (channel, error)
         count = g[:, channel].size
-        # sums are of g - g[0], so every term may be as large as the largest
         loudest = float(np.abs(dy[:, channel]).max()) * max(1.0, float(np.abs(slope).max()))
         terms = count * loudest
         assert abs(float(dbeta[channel]) - expected.dbeta[channel]) <= sum_atol(dbeta.dtype, terms, count, computed)
@@ -112,7 +114,9 @@ def test_offsets_of_x_and_dy_cost_no_digits(isa, dtype, order, offset):
     for channel in range(4):
         largest = float(np.abs(expected.dx[:, channel]).max())
         assert np.abs(dx[:, channel] - expected.dx[:, channel]).max() <= dx_atol(dtype, largest)
-    np.testing.assert_allclose(dgamma, expected.dgamma, rtol=0, atol=1e-9)
+    # products of dy and x - mean, rounded to float64 and added there; of float64 values nothing is lost
+    terms = float(np.abs(small_x - small_x.mean(axis=(0, 2, 3), keepdims=True)).sum(axis=(0, 2, 3)).max()) * offset
+    np.testing.assert_allclose(dgamma, expected.dgamma, rtol=0, atol=1e-9 if dtype == "float64" else 4 * U64 * terms)
     np.testing.assert_allclose(dbeta, dy.astype(np.float64).sum(axis=(0, 2, 3)), rtol=1e-15)
 
 
@@ -174,3 +178,25 @@ def test_inference_gradient_is_g_times_scale_even_beside_infinity(isa):
         _, cache = fastbn.batchnorm_forward(x, np.full(2, 2.0), eps=0.0, **statistics)
         dx, _, _ = fastbn.batchnorm_backward(np.full_like(x, 3.0), cache)
     np.testing.assert_array_equal(dx, np.full_like(x, 6.0))
+
+
+@each_isa
+@each_order
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+@pytest.mark.parametrize("ratio", [0.0, 50.0])
+def test_float64_gradients_keep_what_additions_lose(isa, order, offset, ratio):
+    """Of sums whose terms cancel to a millionth: the digits of exact arithmetic. (x is of few bits, as its mean is.)"""
+    rng = np.random.default_rng(2)
+    small = rng.integers(-8, 9, (3, 2, 40, 41)) / 4
+    x = MEMORY_ORDERS[order](small + ratio, 1)
+    dy = MEMORY_ORDERS[order](rng.standard_normal(small.shape) + offset, 1)
+    with fastbn.runtime.isa(isa):
+        _, cache = fastbn.batchnorm_forward(x, np.ones(2), np.zeros(2))
+        _, dgamma, dbeta = fastbn.batchnorm_backward(dy, cache)
+    for channel, exact in enumerate(exact_statistics(x, 1)):
+        deviations = [Fraction(v) - exact.mean for v in x[:, channel].ravel().tolist()]
+        gradients = list(map(Fraction, dy[:, channel].ravel().tolist()))
+        products = sum(g * d for g, d in zip(gradients, deviations, strict=True))
+        expected = np.longdouble(float(products)) / np.sqrt(np.longdouble(float(exact.var + Fraction(1e-5))))
+        assert abs(dgamma[channel] - expected) <= 2 * np.spacing(abs(dgamma[channel]))
+        assert abs(Fraction(dbeta[channel]) - sum(gradients)) <= np.spacing(abs(dbeta[channel]))

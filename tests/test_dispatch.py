@@ -45,6 +45,7 @@ def dispatch(tmp_path_factory):
         ("Haswell", "avx2 baseline 32"),
         ("Haswell,-f16c", "baseline 32"),
         ("Haswell,-avx2", "baseline 32"),
+        ("Haswell,-fma", "baseline 32"),
         ("EPYC", "avx2 baseline 10"),
     ],
 )

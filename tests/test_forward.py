@@ -1,5 +1,8 @@
 """Forward against exact arithmetic, then against the reference, then with hostile data."""
 
+import itertools
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -19,11 +22,13 @@ from problems import (
     MEMORY_ORDERS,
     SHAPES,
     TAIL_SHAPES,
+    assert_same_bits,
     exact_statistics,
     finfo,
     make_exact,
     make_hostile,
     make_random,
+    ulp,
     ulp_distance,
     ulp_error,
 )
@@ -71,7 +76,8 @@ def test_y_matches_reference(isa, dtype, order, activation, with_residual, train
     residual = 0.0 if problem.residual is None else problem.residual
     scaled = reference.v - beta - residual
     assert y.dtype == dtype and y.shape == shape
-    atol = forward_atol(dtype, scaled, beta, residual, offset_ratio=16.0)
+    gamma = problem.gamma.reshape(along)
+    atol = forward_atol(dtype, scaled, beta, residual, offset_ratio=16.0, gamma=gamma)
     assert np.all(np.abs(y - expected) <= activation_atol(dtype, activation, atol, expected))
     np.testing.assert_allclose(cache.mean, reference.mean, rtol=0, atol=1e-12)
     np.testing.assert_allclose(cache.rstd, reference.rstd, rtol=1e-12)
@@ -218,3 +224,57 @@ def test_results_are_rounded_to_nearest_even(isa, dtype, axis):
     with np.errstate(over="ignore"):
         expected = gamma.astype(dtype)
     assert np.array_equal(y, np.broadcast_to(expected[:, None] if axis == 1 else expected, y.shape))
+
+
+def rounded_once(exact):
+    """A fraction as float32: the nearest, of two the even one."""
+    near = np.float32(float(exact))
+    candidates = [np.nextafter(near, np.float32(side)) for side in (-np.inf, np.inf)] + [near]
+    return min(candidates, key=lambda c: (abs(Fraction(float(c)) - exact), int(c.view(np.uint32)) & 1))
+
+
+@each_isa
+@pytest.mark.parametrize("axis", [1, -1], ids=["planar", "interleaved"])
+def test_product_and_offset_are_rounded_once(isa, axis):
+    """y = x * gamma + beta of float32, with statistics that change nothing, where the exact sum lies so near the middle
+    of two numbers that float64, on the way, would take it for the middle itself; beside it; and for denormal y."""
+    cases = []
+    for x_sign, scale_sign, beta_bits in itertools.product((1, -1), (1, -1), range(4)):
+        for power in (12, 18, 23):
+            for distance in (-24, -25, -23, -24 - 30):
+                x, gamma = x_sign * (1 - 2.0**-power), scale_sign * 2.0**distance * (1 + 2.0**-power)
+                cases += [(x, gamma, sign * (1 + beta_bits * 2.0**-23)) for sign in (1, -1)]
+    cases += [(x, gamma * 2.0**-120, beta * 2.0**-120) for x, gamma, beta in cases]
+    cases += [(x, gamma * 2.0**-126, beta * 2.0**-130) for x, gamma, beta in cases[: len(cases) // 2]]
+    x, gamma, beta = np.array(cases).astype("f4").T
+    assert (np.array(cases) == np.array([x, gamma, beta], np.float64).T)[: len(cases) // 3].all()
+    exactly = [[Fraction(float(value)) for value in values] for values in (x, gamma, beta)]
+    expected = [rounded_once(a * b + c) for a, b, c in zip(*exactly, strict=True)]
+    rows = np.tile(x[:, None], (2, 1, 17)) if axis == 1 else np.tile(x, (2, 1))
+    moments = {"running_mean": np.zeros(x.size), "running_var": np.ones(x.size), "training": False}
+    with fastbn.runtime.isa(isa):
+        y = fastbn.batchnorm(rows, gamma, beta, axis=axis, eps=0.0, **moments)
+    wanted = np.broadcast_to(np.array(expected).reshape((-1, 1) if axis == 1 else -1), y.shape)
+    assert_same_bits(y, wanted.copy())
+
+
+@each_isa
+@each_order
+@pytest.mark.parametrize("ratio", [0, 1, 1.99, 2.01, 30, 1e5])
+def test_y_is_within_one_rounding_of_the_largest(isa, order, ratio):
+    """Wherever the mean is, subtracted from x or with beta: 1 ulp of the largest |y| of a channel, or little more."""
+    rng = np.random.default_rng(1)
+    x = (rng.standard_normal((4, 40, 33, 5)) + ratio).astype("f4")
+    x[:, :, 0, 0] = ratio  # some values are the mean
+    x = MEMORY_ORDERS[order](x, 1)
+    gamma, beta = rng.uniform(-2, 2, (2, 40))
+    with fastbn.runtime.isa(isa):
+        y = fastbn.batchnorm(x, gamma, beta)
+    wide, along = x.astype(np.longdouble), (1, -1, 1, 1)
+    mean, var = (
+        np.array([getattr(s, name) for s in exact_statistics(x, 1)], np.longdouble) for name in ("mean", "var")
+    )
+    expected = (wide - mean.reshape(along)) * (gamma / np.sqrt(var + 1e-5)).reshape(along) + beta.reshape(along)
+    largest = np.abs(expected).max(axis=(0, 2, 3))
+    errors = np.abs(y - expected).max(axis=(0, 2, 3))
+    assert max(float(e) / ulp(float(at), "f4") for e, at in zip(errors, largest, strict=True)) < 1.5

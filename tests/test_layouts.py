@@ -113,7 +113,7 @@ def test_layout_memory_order_does_not_change_the_numbers(shape, order):
     y, cache = fastbn.batchnorm_forward(x, gamma, beta, residual=added, activation="relu")
     wanted, wanted_cache = reference.batchnorm_forward(values, gamma, beta, residual=added, activation="relu")
     scaled = reference.batchnorm(values, gamma)
-    bound = forward_atol(np.float32, scaled, np.abs(beta).max(), added, offset_ratio=8.0)
+    bound = forward_atol(np.float32, scaled, np.abs(beta).max(), added, offset_ratio=8.0, gamma=np.abs(gamma).max())
     assert (np.abs(y - wanted) <= bound).all()
     gradients = fastbn.batchnorm_backward(dy, cache)
     passes = ~(y <= 0)

@@ -49,20 +49,30 @@ def storing(dtype: npt.DTypeLike) -> float:
     return 0.0 if np.dtype(dtype).itemsize >= 4 else float(finfo(dtype).eps) / 2
 
 
+# Where |mean| is at most so many std, it is not subtracted from x but its share from beta.
+CENTERED_FROM = 2.0
+
+
 def forward_atol(
-    dtype: npt.DTypeLike, scaled: Any, beta: Any = 0.0, residual: Any = 0.0, offset_ratio: float = 0.0
+    dtype: npt.DTypeLike,
+    scaled: Any,
+    beta: Any = 0.0,
+    residual: Any = 0.0,
+    offset_ratio: float = 0.0,
+    gamma: Any = 1.0,
 ) -> npt.NDArray[np.float64]:
     """Error allowed to y = (x - m) * scale + offset + residual, element by element.
 
-    `scaled` is |(x - mean) * scale|, `offset_ratio` |mean| / std, the largest of all channels. The subtraction, the
-    rounding of scale and the product: 3 u scaled. Rounding offset, which is beta but for what the rounding m of the
-    mean has lost: u |beta|. Two additions: u (scaled + |beta|) and u (scaled + |beta| + |residual|). Together at most u
-    (5 scaled + 3 |beta| + |residual|). The statistics add half of the relative error of the variance and the error of
-    the mean over std. What m has lost is at most u |mean|, and rounded with offset: off by 2^-48 |mean| at most.
+    `scaled` is |(x - mean) * scale|, `offset_ratio` |mean| / std, the largest of all channels. Where m is 0, its share
+    of the product is at most `moved` = 2 |gamma|. The subtraction: u scaled. The rounding of scale, and (float64) the
+    product: 2 u (scaled + moved). Rounding offset: u (|beta| + moved). Two additions: u (scaled + |beta|) and u (scaled
+    + |beta| + |residual|). Together at most u (5 scaled + 3 |beta| + |residual| + 3 moved). The statistics add half of
+    the relative error of the variance and the error of the mean over std. What m has lost is at most u |mean|, and
+    rounded with offset: off by 2^-48 |mean| at most.
     """
-    scaled, beta, residual = (np.abs(np.asarray(value, np.float64)) for value in (scaled, beta, residual))
+    scaled, beta, residual, gamma = (np.abs(np.asarray(value, np.float64)) for value in (scaled, beta, residual, gamma))
     u = unit_roundoff(dtype)
-    total = u * (5 * scaled + 3 * beta + residual)
+    total = u * (5 * scaled + 3 * beta + residual + 3 * CENTERED_FROM * gamma)
     # An error of the mean moves x - mean, in units of std, by this much in every element: also where scaled is 0.
     if np.dtype(dtype) == np.float64:
         mean = STATISTICS_RELATIVE_F64 * max(offset_ratio, 1.0)

@@ -128,14 +128,30 @@ def add_splits(partials, sums, geometry, tile_start, first):
 
 
 @cuda.jit(device=True)
-def affine(x, mean, scale, offset):
+def multiply_add(a, b, c):
+    """Rounded once."""
+    if SIMULATOR:  # whose own rounds twice
+        return type(a)(np.float64(a) * np.float64(b) + np.float64(c))
+    return cuda.fma(a, b, c)
+
+
+@cuda.jit(device=True)
+def affine(x, center, scale, offset):
     """What is activated, without the residual; written once, so that backward rounds as forward has."""
-    return (x - mean) * scale + offset
+    return multiply_add(x - center, scale, offset)
+
+
+@cuda.jit(device=True)
+def center_of(mean, var):
+    """What is subtracted from x before all else: see fastbn/_finish.pxi."""
+    if var > 0.0 and mean * mean <= 4.0 * var:
+        return 0.0
+    return mean
 
 
 @cuda.jit(device=True)
 def lost(rounded, high, low):
-    """What the rounding of high + low has lost."""
+    """What is missing of high + low."""
     return (high - np.float64(rounded)) + low
 
 

@@ -4,7 +4,8 @@ A kernel has two phases. *Reduce*: every block adds up the values of its split o
 the sums of all splits of its tile in their order, makes of them the coefficients of the tile's channels, and writes its
 split, backwards, because what was read last is still in the L2 cache. Each phase is a launch, or both are one where a
 tile has a single split. There are no atomics, and every order of summation is fixed: results are the same bits in
-every run. What the phases compute is that of the kernels for the CPU (docs/numerics.md), sums in float64 included.
+every run. What the phases compute is that of the kernels for the CPU (docs/numerics.md), sums in float64 included; of
+float64 data they do not keep what the additions lose.
 
 Geometry and operands are those of `_plan`; addresses and strides are bytes. A vector of parameters is (address, code
 of its dtype, stride), address 0 where it is None.
@@ -28,9 +29,11 @@ from ._functions import (
     activation,
     add_splits,
     affine,
+    center_of,
     finite,
     leave_sums,
     lost,
+    multiply_add,
     parameter,
     peek_f64,
     poke_f64,
@@ -169,9 +172,10 @@ def forward(variant: Variant) -> Any:
                         var = parameter(running_var, channel, 1.0)
                     rstd = 1.0 / sqrt(var + eps)
                     weight, bias = parameter(gamma, channel, 1.0), parameter(beta, channel, 0.0)
-                    coefficients[0, index] = real(mean)
+                    center = center_of(mean, var)
+                    coefficients[0, index] = real(center)
                     coefficients[1, index] = real(weight * rstd)
-                    coefficients[2, index] = real(bias - finite(lost(real(mean), mean, mean_lo) * (weight * rstd)))
+                    coefficients[2, index] = real(bias - finite(lost(real(center), mean, mean_lo) * (weight * rstd)))
                     if split == 0 and tile_start + index < channels:  # each channel once
                         poke_f64(statistics + 8 * (MEAN * channels + channel), mean)
                         poke_f64(statistics + 8 * (MEAN_LO * channels + channel), mean_lo)
@@ -305,13 +309,15 @@ def backward(variant: Variant) -> Any:
         for index in range(thread, table, threads):
             channel = (tile_start + index) % channels
             center = peek_f64(statistics + 8 * (MEAN * channels + channel))
+            mean_lo = peek_f64(statistics + 8 * (MEAN_LO * channels + channel))
+            var = peek_f64(statistics + 8 * (VAR * channels + channel))
             rstd = peek_f64(statistics + 8 * (RSTD * channels + channel))
             scale = peek_f64(statistics + 8 * (GAMMA * channels + channel)) * rstd
             bias = peek_f64(statistics + 8 * (BETA * channels + channel))
-            mean_lo = peek_f64(statistics + 8 * (MEAN_LO * channels + channel))
-            coefficients[0, index] = real(center)
+            rounded = real(center_of(center, var))
+            coefficients[0, index] = rounded
             coefficients[1, index] = real(scale)
-            coefficients[2, index] = real(bias - finite(lost(real(center), center, mean_lo) * scale))
+            coefficients[2, index] = real(bias - finite(lost(rounded, center, mean_lo) * scale))
             for term in range(3, 6):
                 coefficients[term, index] = real(0)
         cuda.syncthreads()
@@ -333,13 +339,15 @@ def backward(variant: Variant) -> Any:
                             set_parameter(dgamma, channel, rstd * b)
                         if training:
                             high, low = two_sum(first_dy, a / per_channel)
+                            level = 0.0 if abs(high) <= 2.0 * abs(first_dy - high) else high
                             center = peek_f64(statistics + 8 * (MEAN * channels + channel))
                             steepness = rstd * rstd * (b / per_channel)
-                            coefficients[3, index] = real(high)
-                            coefficients[4, index] = real(steepness)
+                            off_center = finite(lost(coefficients[0, index], center, mean_lo) * steepness)
+                            scale = peek_f64(statistics + 8 * (GAMMA * channels + channel)) * rstd
+                            coefficients[3, index] = real(level)
+                            coefficients[4, index] = real(-steepness)
                             coefficients[5, index] = real(
-                                finite(lost(real(high), high, low))
-                                - finite(lost(real(center), center, mean_lo) * steepness)
+                                finite((off_center - finite(lost(real(level), high, low))) * scale)
                             )
                 cuda.syncthreads()
 
@@ -413,8 +421,11 @@ def backward(variant: Variant) -> Any:
                                     gradients[at] = g
                                     if training:
                                         d = values[at] - terms[0, lane]
-                                        g = (g - terms[3, lane]) - (d * terms[4, lane] + terms[5, lane])
-                                    values[at] = g * terms[1, lane]
+                                        e = g - terms[3, lane]
+                                        rest = multiply_add(d * terms[1, lane], terms[4, lane], terms[5, lane])
+                                        values[at] = multiply_add(e, terms[1, lane], rest)
+                                    else:
+                                        values[at] = g * terms[1, lane]
                             if phase == MAP:
                                 place = outers[k] * dx_outer + inners[k] * dx_inner
                                 store(dx_address + unit * dx_unit + place, values, k * width)
