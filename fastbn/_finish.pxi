@@ -213,7 +213,7 @@ cdef bint finish_backward(Job *job, int64_t channel, bint again) noexcept nogil:
     """dgamma, dbeta and the coefficients of dx, from the sums of g and of g * (x - center)."""
     cdef double count = <double>(job.outer * job.inner)
     cdef bint exact_sums = is_exact(job)
-    cdef Pair sum_g, sum_gd, mean, rstd
+    cdef Pair sum_g, sum_gd, mean_g, mean, rstd
     cdef fastbn_coefficients exact = kept_normalizer(job, channel)
     if job.reduce == NULL:  # with given statistics, dx needs no sums
         write_coefficients(job, channel, &exact, True)
@@ -226,11 +226,11 @@ cdef bint finish_backward(Job *job, int64_t channel, bint again) noexcept nogil:
     sum_gd = add(sum_gd, negative(multiply(mean, sum_g, exact_sums)), exact_sums)
     job.dbeta[channel] = sum_g.hi
     job.dgamma[channel] = multiply(rstd, sum_gd, exact_sums).hi
-    mean = divide(sum_g, count, exact_sums)
+    mean_g = divide(sum_g, count, exact_sums)
     # As center_of: nothing is subtracted from g before all else if its first value is as far from the mean as the mean
     # is from 0, so that the largest dx is as large as the offset.
-    exact.level = 0 if fabs(mean.hi) <= 2 * fabs(job.dy_first[channel] - mean.hi) else mean.hi
-    exact.off_level = mean.lo if exact.level == mean.hi else mean.hi
+    exact.level = 0 if fabs(mean_g.hi) <= 2 * fabs(job.dy_first[channel] - mean_g.hi) else mean_g.hi
+    exact.off_level = mean_g.lo if exact.level == mean_g.hi else mean_g.hi
     exact.slope = rstd.hi * rstd.hi * (sum_gd.hi / count)
     write_coefficients(job, channel, &exact, True)
     return False
