@@ -339,9 +339,31 @@ INLINE vec_f64 two_product_f64(vec_f64 a, vec_f64 b, vec_f64 *lost)
     return product;
 }
 
+#if defined(__SSE2__) && !defined(__FMA__) && !defined(__AVX512F__)
+/* a + b, rounded to odd: of the two numbers beside an inexact sum the one whose last bit is set. Rounding that to
+ * float32 is rounding the exact sum (Boldo and Melquiond, IEEE Trans. Computers 57 (2008), 462). */
+static __attribute__((noinline, unused)) vec_f64 add_to_odd_f64(vec_f64 a, vec_f64 b)
+{
+    vec_f64 lost;
+    const vec_f64 sum = two_sum_f64(a, b, &lost);
+    const mask_f64 inexact = (lost < 0) | (lost > 0), away = ~((lost > 0) ^ (sum > 0));
+    const mask_f64 bits = (mask_f64)sum, even = (bits & 1) - 1;
+    return (vec_f64)(bits + (((away & 2) - 1) & inexact & even));
+}
+
+/* Lanes of the upper and the lower half of each sum, set where rounding it to float32 may not be rounding what it was
+ * rounded from: in the middle of two float32, and for denormal ones. */
+INLINE mask_f32 is_rounded_twice(vec_f64 sum)
+{
+    const mask_f32 halves = (mask_f32)sum & (mask_f32){0x1fffffff, 0x7fffffff, 0x1fffffff, 0x7fffffff};
+    const mask_f32 middle = halves == (mask_f32){0x10000000, -1, 0x10000000, -1};
+    const mask_f32 above_zero = halves > (mask_f32){0x7fffffff, 0, 0x7fffffff, 0};
+    return middle | (above_zero & (halves < (mask_f32){0, 0x38100000, 0, 0x38100000}));
+}
+#endif
+
 /* a * b + c. float32: rounded once, as all processors since 2013 can; without the instruction, in float64, where the
- * product is exact, and the sum rounded to odd, after which rounding to float32 is as if it were the first (Boldo and
- * Melquiond, IEEE Trans. Computers 57 (2008), 462). float64: rounded twice, for there is nothing wider. */
+ * product is exact. float64: rounded twice, for there is nothing wider. */
 INLINE vec_f32 multiply_add_f32(vec_f32 a, vec_f32 b, vec_f32 c)
 {
 #if defined(__AVX512F__)
@@ -351,17 +373,17 @@ INLINE vec_f32 multiply_add_f32(vec_f32 a, vec_f32 b, vec_f32 c)
 #elif defined(__aarch64__)
     return (vec_f32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
-    vec_f64 sums[2];
+    vec_f64 product[2], addend[2], sum[2];
     EACH(part, 2) {
-        const vec_f64 product = widen_part_f32(a, part) * widen_part_f32(b, part);
-        vec_f64 lost;
-        const vec_f64 sum = two_sum_f64(product, widen_part_f32(c, part), &lost);
-        const mask_f64 inexact = (lost < 0) | (lost > 0), away = ~((lost > 0) ^ (sum > 0));
-        const mask_f64 bits = (mask_f64)sum, even = (bits & 1) - 1;
-        sums[part] = (vec_f64)(bits + (((away & 2) - 1) & inexact & even));
+        product[part] = widen_part_f32(a, part) * widen_part_f32(b, part);
+        addend[part] = widen_part_f32(c, part);
+        sum[part] = product[part] + addend[part];
+    }
+    if (to_bits_f32(is_rounded_twice(sum[0]) | is_rounded_twice(sum[1]))) {
+        EACH(part, 2) sum[part] = add_to_odd_f64(product[part], addend[part]);
     }
     /* not as conversions of lanes: from those, and back to float64, gcc 12 removes the rounding */
-    return (vec_f32)_mm_movelh_ps(_mm_cvtpd_ps((__m128d)sums[0]), _mm_cvtpd_ps((__m128d)sums[1]));
+    return (vec_f32)_mm_movelh_ps(_mm_cvtpd_ps((__m128d)sum[0]), _mm_cvtpd_ps((__m128d)sum[1]));
 #endif
 }
 
