@@ -152,6 +152,7 @@ class BuildCore(build_ext):
             "openmp": openmp and int(openmp),
             "openmp_missing": reason,
             "debug": DEBUG,
+            "sanitize": SANITIZE,
             "werror": WERROR,
             "ignored_flags": ignored,
             "cython": Cython.__version__,

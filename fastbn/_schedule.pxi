@@ -47,7 +47,7 @@ cdef struct Job:
     char *mask
     const double *gamma
     const double *beta
-    double *statistics  # 5 rows of `channels`
+    double *statistics  # STATISTICS_ROWS rows of `channels`
     double *dgamma
     double *dbeta
     # how it is cut: blocks of a channel (planar) or of rows (interleaved), in groups of channels; a unit is one block
