@@ -406,6 +406,17 @@ INLINE vec_f64 add_exact_product_f64(vec_f64 a, vec_f64 b, vec_f64 c)
 #endif
 }
 
+/* a + b, as 1 * a + b: the bits of an addition, in the units for products. AMD's processors have two of them beside two
+ * for additions, which are what sums wait for. */
+INLINE vec_f64 add_as_product_f64(vec_f64 a, vec_f64 b)
+{
+#if defined(__AVX512F__) || defined(__FMA__)
+    return add_exact_product_f64(splat_f64(1), a, b);
+#else
+    return a + b;
+#endif
+}
+
 /* ---- half precision: 16 bits in memory, float32 in registers ---- */
 
 typedef uint16_t bits16 __attribute__((vector_size(SIMD_BYTES / 2)));

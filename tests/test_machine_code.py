@@ -50,8 +50,8 @@ def test_kernels_compute_in_full_registers(functions, isa, dtype, kernel):
 
 def test_only_float32_kernels_fuse(functions):
     """A fused operation rounds once where others round twice: bits would depend on who has it. That of float32 is made
-    of others where it is missing (multiply_add_f32), and in sums a product may be fused that is exact in float64.
-    Nothing else is: nothing of float64 values, no scalar."""
+    of others where it is missing (multiply_add_f32), and in sums a product may be fused that is exact in float64, be it
+    by one (add_as_product_f64). Nothing else is: nothing of float64 values, no scalar."""
     fused = re.compile(r"\bv?fn?m(?:add|sub)\w*[ps][sd]\b|\bfml[as]\b|\bfn?m(?:add|sub)\b")
     assert len(functions) > 100
     found = {name: set(fused.findall(body)) for name, body in functions.items()}
