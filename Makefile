@@ -134,7 +134,7 @@ LONG_TESTS = $(addprefix tests/test_,$(addsuffix .py,exact bits fuzz properties 
 PARTS = $(LONG_TESTS) asan
 CUDA_TESTS = $(addprefix tests/test_,$(addsuffix .py,cuda cuda_plan cuda_machine_code cuda_device forward \
 	backward layouts inplace_and_out running_stats layers large))
-C_FILES = $(shell find src_c tests -name '*.[ch]' -o -name '*.inc')
+C_FILES = $(shell find src_c tests benchmarks -name '*.[ch]' -o -name '*.inc')
 
 # Stamps: each says that .venv holds something.
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,16 @@ def start(script, *arguments, status=0):
 def suite(monkeypatch):
     """Modules of the suite can be imported."""
     monkeypatch.syspath_prepend(str(SUITE))
+
+
+def test_program_of_kernels_compiles():
+    """Syntax only: the kernels themselves take the compiler a minute."""
+    compiler = shutil.which("cc")
+    if not compiler:
+        pytest.skip("needs a C compiler")
+    options = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{ROOT / 'src_c'}"]
+    done = subprocess.run([compiler, *options, str(SUITE / "kernels.c")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
