@@ -73,17 +73,20 @@ static double measured(shape s, fastbn_kernel *kernel, fastbn_pair *pair, const 
                 kernel(b);
             }
         }
-        best = fmin(best, now() - start);
+        const double time = now() - start;
+        if (time < best) best = time;
     }
     return best / calls / values * FASTBN_LANES;
 }
 
 int main(void)
 {
+    int f32 = 0;
+    while (strcmp(fastbn_dtype_code(f32), "f32") != 0) f32++;
     printf("isa activation shape | stats apply beside adjoining | backward_stats backward_apply beside adjoining\n");
     for (int isa = 0; isa < fastbn_isa_count(); isa++) {
         if (!fastbn_isa_available(isa)) continue;
-        const fastbn_kernels *const k = fastbn_get_isa(isa)->kernels[0];  // the first row of dtypes.def is float32
+        const fastbn_kernels *const k = fastbn_get_isa(isa)->kernels[f32];
         for (int activation = 0; activation < 2; activation++) {
             for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
                 const shape s = shapes[i];

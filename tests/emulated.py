@@ -43,20 +43,20 @@ EMULATORS = {
 }
 
 
-def build(folder: Path, machine: str, compiler: str, link: list[str]) -> Path:
-    """The program for a machine, all its ISAs in it."""
+def build(entry: Path, folder: Path, machine: str, compiler: str, link: list[str]) -> Path:
+    """The program of a C file and src_c for a machine, all its ISAs in it."""
     folder.mkdir()
     setup = runpy.run_path(str(ROOT / "setup.py"))
     isas = setup["isa_rows"](machine)
     common = ["-std=gnu11", *setup["OPTIMIZATION"], *setup["NUMERICS"], "-Wall", "-Wextra", f"-I{SOURCES}"]
     units = {SOURCES / f"isa_{name}.c": flags for name, flags in isas}
-    units |= {SOURCES / "dispatch.c": isas[-1][1], ROOT / "tests" / "checksums.c": isas[-1][1]}
+    units |= {SOURCES / "dispatch.c": isas[-1][1], entry: isas[-1][1]}
     objects = [str(folder / f"{source.stem}.o") for source in units]
     commands = [
         [compiler, *common, *flags, "-c", str(source), "-o", target]
         for (source, flags), target in zip(units.items(), objects, strict=True)
     ]
-    program = folder / "checksums"
+    program = folder / entry.stem
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda command: subprocess.run(command, check=True), commands))
     subprocess.run([compiler, *link, *objects, "-o", str(program)], check=True)
@@ -70,8 +70,9 @@ def main(name: str) -> int:
         print(f"fastbn: test-{name} is skipped: no {' and no '.join(missing)} (packages {emulator.packages})")
         return 0
     with tempfile.TemporaryDirectory() as temporary:
-        here = build(Path(temporary, "here"), platform.machine(), "cc", [])
-        there = build(Path(temporary, "there"), emulator.machine, emulator.compiler, emulator.link)
+        checksums = ROOT / "tests" / "checksums.c"
+        here = build(checksums, Path(temporary, "here"), platform.machine(), "cc", [])
+        there = build(checksums, Path(temporary, "there"), emulator.machine, emulator.compiler, emulator.link)
         printed = [
             subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
             for command in ([str(here)], [*emulator.command, str(there)])
