@@ -148,6 +148,21 @@ def test_an_outlier_as_first_value_does_not_spoil_the_variance(isa, dtype, threa
 
 @each_isa
 @each_order
+def test_float64_differences_from_an_outlier_do_not_spoil_the_variance(isa, order):
+    """The first value, the shift of the sums, is 88 standard deviations away: what 0.1 - 10 and 0.3 - 10 lose would be
+    twenty ulp of the variance, if the sums were not redone."""
+    values = np.full(40001, 0.1)
+    values[1::2] = 0.3
+    values[0] = 10
+    x = MEMORY_ORDERS[order](np.stack([values, values, values], 1), 1)
+    var = float(exact_statistics(values[:, None], 1)[0].var)
+    with fastbn.runtime.isa(isa):
+        stats = fastbn.batchnorm_stats(x)
+    assert abs(stats.var()[0] - var) <= 4 * np.spacing(var)
+
+
+@each_isa
+@each_order
 @pytest.mark.parametrize("period", [5, 17, 65, 257])
 def test_roundings_that_do_not_average_out(isa, order, period):
     """Two values, a few standard deviations apart: every addition rounds the same way."""
