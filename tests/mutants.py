@@ -317,6 +317,7 @@ def in_turn(mutants: list[Mutant], seed: int) -> list[Mutant]:
     return sorted(shuffled, key=lambda mutant: (place[mutant], RULES.index(mutant.rule)))
 
 
+@cache
 def quotas() -> dict[str, int]:
     """How many mutants of each file: by its lines of code, five at least."""
     lines = {path: sum(map(bool, map(str.strip, code_of(path, (ROOT / path).read_text())))) for path in FILES}
