@@ -42,6 +42,7 @@ cdef extern from "fastbn.h" nogil:
         int activation
         double negative_slope
         int training, stream
+        int64_t rows_ahead, then_row
 
     ctypedef struct fastbn_copy2d:
         int64_t rows, columns

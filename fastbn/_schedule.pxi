@@ -64,8 +64,9 @@ cdef struct Job:
     int64_t map_units
     bint by_channel   # planar: all three steps for a group before the next
     bint adjoining    # planar: map takes the runs of a group, which are short and adjoin, as one
-    bint beside       # and the map of a group beside the reduce of the next
+    bint staggered    # and the map of a group beside the reduce of the next
     # scratch, one allocation
+    char *taken  # tasks of each thread's part that have been taken, a line of the cache each
     double *sums
     double *x_shift
     double *dy_first  # the first g of a channel
@@ -93,8 +94,10 @@ cdef enum:
     TASKS_PER_THREAD = 4
     # Sums that one thread finishes while others would still wake up.
     SERIAL_SUMS = 1024
-    # Bytes of a run from which map and reduce go side by side. The map takes shorter runs as one, if they adjoin.
-    BESIDE_BYTES = 2 << 10
+    # The map takes shorter runs as one, if they adjoin.
+    LONG_RUN_BYTES = 2 << 10
+    # What reduce reads of a group from which on map does not find it in an L2 cache of half a megabyte.
+    STAGGERED_BYTES = 300 << 10
     # Bytes of scratch that are kept for the next call.
     SPARE_BYTES = 4 << 20
 
@@ -112,14 +115,44 @@ cdef void perform(Job *job, Worker worker, int thread, int64_t first, int64_t la
     fastbn_leave(saved)
 
 
-cdef void phase(Job *job, Worker worker, int64_t units, int threads) noexcept nogil:
-    """Share the units 0 .. units-1 among the threads, in contiguous ranges."""
-    cdef int64_t task, tasks = min(units, <int64_t>threads * TASKS_PER_THREAD)
-    if threads <= 1 or tasks <= 1:
+cdef extern from * nogil:
+    """
+    static int64_t fastbn_take_next(char *counter)
+    {
+        return __atomic_fetch_add((int64_t *)counter, 1, __ATOMIC_RELAXED);
+    }
+    """
+    int64_t fastbn_take_next(char *counter)
+
+
+cdef void perform_part(Job *job, Worker worker, int64_t units, int64_t tasks, int64_t parts, int64_t part, int thread,
+                       bint backwards) noexcept nogil:
+    """The tasks of one part of several, and then what is left of the others."""
+    cdef int64_t k, other, first, count, taken, task
+    for k in range(parts):
+        other = (part + k) % parts
+        first = other * tasks // parts
+        count = (other + 1) * tasks // parts - first
+        taken = fastbn_take_next(job.taken + other * FASTBN_ALIGNMENT)
+        while taken < count:
+            task = first + (count - 1 - taken if backwards else taken)
+            perform(job, worker, thread, task * units // tasks, (task + 1) * units // tasks)
+            taken = fastbn_take_next(job.taken + other * FASTBN_ALIGNMENT)
+
+
+cdef void phase(Job *job, Worker worker, int64_t units, int threads, bint backwards) noexcept nogil:
+    """Share the units 0 .. units-1 among the threads, in tasks of some that follow one another.
+
+    Each thread begins with a part of its own, the same in every phase and call: its core has some of that in its
+    caches, and does not fetch ahead what another one is writing.
+    """
+    cdef int64_t part, tasks = min(units, <int64_t>threads * TASKS_PER_THREAD), parts = min(threads, tasks)
+    if parts <= 1:
         perform(job, worker, 0, 0, units)
         return
-    for task in prange(tasks, num_threads=<int>min(threads, tasks), schedule="dynamic", chunksize=1):
-        perform(job, worker, threadid(), task * units // tasks, (task + 1) * units // tasks)
+    memset(job.taken, 0, parts * FASTBN_ALIGNMENT)
+    for part in prange(parts, num_threads=<int>parts, schedule="static", chunksize=1):
+        perform_part(job, worker, units, tasks, parts, part, threadid(), backwards)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -232,6 +265,7 @@ cdef fastbn_block planar_block(Job *job, int64_t channel, int64_t channels, int6
     b.rows = min(job.rows_per_block, job.outer - row)
     b.columns = min(job.inner - inner, FASTBN_PLANAR_BLOCK) if job.segments > 1 else job.inner
     b.channels = channels
+    b.rows_ahead, b.then_row = job.outer - row, -row
     place(job, &b, row, channel, inner, mapping)
     b.sums = job.sums + block * job.kernels.sums * job.width + channel
     return b
@@ -348,7 +382,7 @@ cdef void map_units(Job *job, int thread, int64_t first, int64_t last) noexcept 
     group (planar), or some rows, whole ones unless they are packed."""
     cdef int64_t unit, channel, row, column, rows = job.outer // job.fold
     cdef int64_t columns = job.group if job.packed else job.width
-    for unit in range(job.map_units - 1 - first, job.map_units - 1 - last, -1):
+    for unit in range(last - 1, first - 1, -1):
         if job.planar:
             channel = unit // job.blocks * job.group
             run_planar(job, job.map, thread, channel, min(job.group, job.channels - channel), unit % job.blocks, True)
@@ -377,36 +411,55 @@ cdef void finish_redone(Job *job, int thread, int64_t first, int64_t last) noexc
             job.finish(job, channel, True)
 
 
+cdef void finish_group(Job *job, int thread, int64_t channel, int64_t channels) noexcept nogil:
+    cdef int64_t block
+    finish_channels(job, thread, channel, channel + channels)
+    if any_redo(job, channel, channel + channels):
+        for block in range(job.blocks):
+            run_planar(job, job.reduce, thread, channel, channels, block, False)
+        finish_redone(job, thread, channel, channel + channels)
+
+
 cdef void whole_groups(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
-    """All three steps for a range of groups of planar channels, group by group."""
+    """All three steps for a range of groups of planar channels, group by group: map finds in a cache what reduce has
+    read."""
+    cdef int64_t group, channel, channels, block
+    for group in range(first, last):
+        channel = group * job.group
+        channels = min(job.group, job.channels - channel)
+        shift_channels(job, thread, channel, channel + channels)
+        for block in range(job.blocks):
+            run_planar(job, job.reduce, thread, channel, channels, block, False)
+        finish_group(job, thread, channel, channels)
+        if job.map != NULL:
+            for block in range(job.blocks - 1, -1, -1):
+                run_planar(job, job.map, thread, channel, channels, block, True)
+
+
+cdef void staggered_groups(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
+    """The same, with the map of a group beside the reduce of the next, where a group is too large for map to find much
+    of it in a cache: the next is read while this one is written."""
     cdef int64_t group, channel, channels, block, i
-    cdef bint mapping
     cdef fastbn_block mapped, reduced
     for group in range(first, last):
         channel = group * job.group
         channels = min(job.group, job.channels - channel)
         shift_channels(job, thread, channel, channel + channels)
-        mapping = group > first and job.map != NULL
         for i in range(job.blocks):
             # There and back: map begins with what reduce of the same channels has read last.
             block = job.blocks - 1 - i if (group - first) % 2 else i
-            reduced = planar_block(job, channel, channels, block, False)
-            if mapping and job.beside:
+            if group > first:
+                reduced = planar_block(job, channel, channels, block, False)
+                # Between the stores of map, asking for the same rows of the next channels pays more than for the next.
+                reduced.rows_ahead, reduced.then_row = reduced.rows, 0
                 mapped = planar_block(job, channel - job.group, job.group, block, True)
                 job.map_beside_reduce(&mapped, &reduced)
             else:
-                if mapping:
-                    run_planar(job, job.map, thread, channel - job.group, job.group, block, True)
                 run_planar(job, job.reduce, thread, channel, channels, block, False)
-        finish_channels(job, thread, channel, channel + channels)
-        if any_redo(job, channel, channel + channels):
-            for block in range(job.blocks):
-                run_planar(job, job.reduce, thread, channel, channels, block, False)
-            finish_redone(job, thread, channel, channel + channels)
-    if job.map != NULL:
-        for i in range(job.blocks):
-            block = i if (last - 1 - first) % 2 else job.blocks - 1 - i
-            run_planar(job, job.map, thread, channel, channels, block, True)
+        finish_group(job, thread, channel, channels)
+    for i in range(job.blocks):
+        block = i if (last - 1 - first) % 2 else job.blocks - 1 - i
+        run_planar(job, job.map, thread, channel, channels, block, True)
 
 
 cdef bint any_redo(Job *job, int64_t first, int64_t last) noexcept nogil:
@@ -460,13 +513,13 @@ cdef bint balanced(int64_t channels, int threads) noexcept nogil:
 cdef void cut(Job *job) noexcept nogil:
     """Fix blocks and units. Nothing that cuts a sum depends on anything but the shape."""
     cdef int64_t rows, values, unit, whole
-    cdef int64_t run = job.inner * job.kernels.itemsize, total = job.outer * job.channels * run, row_bytes
+    cdef int64_t run = job.inner * job.kernels.itemsize, total = job.outer * job.channels * run, row_bytes, together
     cdef const char *written
     job.fold = fold_of(job.planar, job.channels)
     job.width = job.fold * job.channels
     job.packed = (is_strided(job, &job.x) or is_strided(job, &job.residual) or is_strided(job, &job.dy)
                   or is_strided(job, &job.y) or is_strided(job, &job.dx) or is_strided(job, &job.dresidual))
-    job.adjoining = (job.planar and not job.packed and job.mask == NULL and run < BESIDE_BYTES
+    job.adjoining = (job.planar and not job.packed and job.mask == NULL and run < LONG_RUN_BYTES
                      and is_dense(job, &job.x) and is_dense(job, &job.residual) and is_dense(job, &job.dy)
                      and is_dense(job, &job.y) and is_dense(job, &job.dx) and is_dense(job, &job.dresidual))
     job.segments = 1
@@ -503,14 +556,16 @@ cdef void cut(Job *job) noexcept nogil:
     if not job.planar:
         job.map_rows = max(1, UNIT_BYTES // (job.width * job.kernels.itemsize))
         job.map_units = ceil_div(rows, job.map_rows) + (rows * job.fold < job.outer)
-    job.beside = job.by_channel and not job.packed and run >= BESIDE_BYTES
+    together = job.group * job.outer * run * (1 if job.dy.data == NULL else 2)  # what reduce reads of a group
+    job.staggered = (job.by_channel and job.map != NULL and not job.packed and run >= LONG_RUN_BYTES
+                     and together >= STAGGERED_BYTES)
     # Streaming pays where y is too large to be found in a cache later, and rows consist of whole lines of the cache, or
     # are so long that the lines at their ends do not matter.
     written = job.y.data if job.dy.data == NULL else job.dx.data
     row_bytes = run if job.planar else job.width * job.kernels.itemsize
     job.stream = (written != NULL and written != job.x.data and written != job.residual.data and written != job.dy.data
                   and total >= job.stream_bytes
-                  and (job.adjoining or row_bytes >= BESIDE_BYTES
+                  and (job.adjoining or row_bytes >= LONG_RUN_BYTES
                        or (not job.planar and has_whole_lines(job, &job.y) and has_whole_lines(job, &job.dx)
                            and has_whole_lines(job, &job.dresidual))))
 
@@ -528,6 +583,7 @@ cdef char *take(char **cursor, int64_t size) noexcept nogil:
 cdef int64_t lay_out(Job *job, char *memory) noexcept nogil:
     """Divide the scratch; returns its size. Called twice: to measure and to place."""
     cdef char *cursor = memory
+    job.taken = take(&cursor, job.threads * FASTBN_ALIGNMENT)
     job.x_shift = <double *>take(&cursor, job.width * sizeof(double))
     job.dy_first = <double *>take(&cursor, job.channels * sizeof(double))
     job.coefficients = take(&cursor, FASTBN_PLANES * job.width * job.kernels.coefficient_size)
@@ -549,20 +605,20 @@ cdef int64_t sums_size(Job *job) noexcept nogil:
 cdef void reduce_phase(Job *job) noexcept nogil:
     if not job.planar:  # these kernels add
         memset(job.sums, 0, sums_size(job))
-    phase(job, reduce_units, job.units, job.threads)
+    phase(job, reduce_units, job.units, job.threads, False)
 
 
 cdef void run_in_phases(Job *job) noexcept nogil:
     cdef int finishers = 1 if job.blocks * job.width < SERIAL_SUMS else job.threads
     if job.reduce != NULL:
-        phase(job, shift_channels, job.channels, finishers if job.planar else 1)
+        phase(job, shift_channels, job.channels, finishers if job.planar else 1, False)
         reduce_phase(job)
-    phase(job, finish_channels, job.channels, finishers)
+    phase(job, finish_channels, job.channels, finishers, False)
     if job.reduce != NULL and any_redo(job, 0, job.channels):
         reduce_phase(job)  # channels that keep their shift get the same sums again
-        phase(job, finish_redone, job.channels, finishers)
+        phase(job, finish_redone, job.channels, finishers, False)
     if job.map != NULL and not (job.finite_first and not all_finite(job)):
-        phase(job, map_units, job.map_units, job.threads)
+        phase(job, map_units, job.map_units, job.threads, True)
 
 
 cdef extern from * nogil:
@@ -606,7 +662,7 @@ cdef bint run(Job *job) noexcept nogil:
         return False
     lay_out(job, scratch)
     if job.by_channel:
-        phase(job, whole_groups, job.groups, job.threads)
+        phase(job, staggered_groups if job.staggered else whole_groups, job.groups, job.threads, False)
     else:
         run_in_phases(job)
     leave_scratch(scratch)

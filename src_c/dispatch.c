@@ -44,7 +44,7 @@ int fastbn_isa_count(void)
 int64_t fastbn_stream_bytes(void)
 {
 #if defined(__x86_64__)
-    if (__builtin_cpu_is("amd")) return 10 << 20;
+    if (__builtin_cpu_is("amd")) return 9 << 20;
 #endif
     return 32 << 20;
 }

@@ -68,6 +68,9 @@ typedef struct fastbn_block {
     double negative_slope;
     int training; /* backward_apply: whether mean and variance depend on x */
     int stream;   /* apply and backward_apply: store past the caches */
+    /* Planar sums ask ahead for what is read next: so many rows from the first of this block on, then those of the next
+     * channels, from then_row on, counted from the same row. */
+    int64_t rows_ahead, then_row;
 } fastbn_block;
 
 /* A strided copy of a matrix. Strides in bytes. */
