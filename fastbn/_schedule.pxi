@@ -420,6 +420,21 @@ cdef void finish_group(Job *job, int thread, int64_t channel, int64_t channels) 
         finish_redone(job, thread, channel, channel + channels)
 
 
+cdef void map_group(Job *job, int thread, int64_t channel, int64_t channels) noexcept nogil:
+    """From the last row to the first: what reduce has read last is still in the cache."""
+    cdef int64_t block
+    cdef fastbn_block b
+    if job.packed:
+        for block in range(job.blocks - 1, -1, -1):
+            run_planar(job, job.map, thread, channel, channels, block, True)
+        return
+    b.rows, b.columns, b.channels = job.outer, job.inner, channels
+    place(job, &b, job.outer - 1, channel, 0, True)
+    b.x.row, b.dy.row, b.residual.row = -b.x.row, -b.dy.row, -b.residual.row
+    b.y.row, b.dx.row, b.dresidual.row, b.mask.row = -b.y.row, -b.dx.row, -b.dresidual.row, -b.mask.row
+    (job.map_adjoining if job.adjoining else job.map)(&b)
+
+
 cdef void whole_groups(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
     """All three steps for a range of groups of planar channels, group by group: map finds in a cache what reduce has
     read."""
@@ -432,8 +447,7 @@ cdef void whole_groups(Job *job, int thread, int64_t first, int64_t last) noexce
             run_planar(job, job.reduce, thread, channel, channels, block, False)
         finish_group(job, thread, channel, channels)
         if job.map != NULL:
-            for block in range(job.blocks - 1, -1, -1):
-                run_planar(job, job.map, thread, channel, channels, block, True)
+            map_group(job, thread, channel, channels)
 
 
 cdef void staggered_groups(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:

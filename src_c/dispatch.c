@@ -128,6 +128,7 @@ uint64_t fastbn_enter(void)
 
 void fastbn_leave(uint64_t saved)
 {
+    _mm_sfence();
     _mm_setcsr((unsigned)saved);
 }
 #else

@@ -136,8 +136,9 @@ static inline int64_t fastbn_mask_stride(int64_t columns)
     return (columns + FASTBN_LANES - 1) / FASTBN_LANES * (FASTBN_LANES / 8);
 }
 
-/* The floating-point control register: set to the default (round to nearest, denormals kept, no traps); returns what it
- * was, for fastbn_leave. Another library may have set flush-to-zero in this thread. */
+/* Around kernels. Enter sets the floating-point control register to the default (round to nearest, denormals kept, no
+ * traps) and returns what it was: another library may have set flush-to-zero in this thread. Leave restores that, and
+ * finishes the stores past the caches. */
 uint64_t fastbn_enter(void);
 void fastbn_leave(uint64_t saved);
 

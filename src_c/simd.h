@@ -92,7 +92,7 @@ INLINE void store_f64(double *p, vec_f64 v)
     memcpy(p, &v, sizeof v);
 }
 
-/* p is aligned to SIMD_BYTES; finish with fence() */
+/* p is aligned to SIMD_BYTES; finish with fence(), kernels with fastbn_leave() */
 INLINE void stream_f32(float *p, vec_f32 v)
 {
 #if defined(__AVX512F__)
