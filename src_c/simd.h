@@ -429,15 +429,42 @@ INLINE bits16 load_bits16(const uint16_t *p)
     return v;
 }
 
+#if !defined(__AVX512F__)
+/* n < 4 values, the first the lowest */
+INLINE uint64_t load_few_bits16(const uint16_t *p, int n)
+{
+    uint32_t two = 0;
+    if (n & 2) memcpy(&two, p, sizeof two);
+    return n & 1 ? two | (uint64_t)p[n - 1] << 16 * (n - 1) : two;
+}
+
+INLINE bits16 bits16_of(const uint64_t *words)
+{
+#if defined(__AVX2__)
+    return (bits16)_mm_set_epi64x((int64_t)words[1], (int64_t)words[0]);
+#else
+    bits16 v;
+    memcpy(&v, words, sizeof v);
+    return v;
+#endif
+}
+#endif
+
 INLINE bits16 load_head_bits16(const uint16_t *p, int n)
 {
     if (WHOLE(n, WIDTH_f32)) return load_bits16(p);
 #if defined(__AVX512F__)
     return (bits16)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
 #else
-    uint16_t lanes[WIDTH_f32] = {0};
-    copy_some(lanes, p, n * sizeof lanes[0]);
-    return load_bits16(lanes);
+    uint64_t words[2] = {0};
+    if (n < 4) {
+        words[0] = load_few_bits16(p, n);
+    } else {
+        memcpy(&words[0], p, 8);
+        memcpy(&words[1], p + n - 4, 8);
+        words[1] = n > 4 ? words[1] >> 16 * (8 - n) : 0;
+    }
+    return bits16_of(words);
 #endif
 }
 
@@ -455,7 +482,20 @@ INLINE void store_head_bits16(uint16_t *p, bits16 v, int n)
 #if defined(__AVX512F__)
     _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)v);
 #else
-    copy_some(p, &v, n * sizeof *p);
+    uint64_t words[2] = {0};
+    memcpy(words, &v, sizeof v);
+    if (n >= 4) {
+        memcpy(p, &words[0], 8);
+        words[0] = words[1];
+        p += 4;
+    }
+    if (n == 8) memcpy(p, &words[0], 8);
+    if (n & 2) {
+        memcpy(p, &words[0], 4);
+        words[0] >>= 32;
+        p += 2;
+    }
+    if (n & 1) *p = (uint16_t)words[0];
 #endif
 }
 
@@ -500,17 +540,22 @@ INLINE bits32 select_bits(mask_f32 condition, bits32 yes, bits32 no)
 }
 
 /* bfloat16 is the high half of float32: exact one way, rounded to nearest even the other. In integers, for the
- * instruction of AVX512_BF16 takes denormals for zeros. */
+ * instruction of AVX512_BF16 takes denormals for zeros. The lower half of a NaN is 0, as in what comes from bfloat16,
+ * of the arithmetic and of round_coefficients: rounding it up could make it -0. */
 INLINE vec_f32 from_bf16(bits16 v)
 {
     return (vec_f32)(extend(v) << 16);
 }
 
-INLINE bits16 to_bf16(vec_f32 v)
+INLINE bits32 round_bf16(vec_f32 v)
 {
     const bits32 u = (bits32)v;
-    const bits32 rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
-    return narrow(select_bits(v != v, u >> 16 | 0x40, rounded));
+    return (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+
+INLINE bits16 to_bf16(vec_f32 v)
+{
+    return narrow(round_bf16(v));
 }
 
 /* float16: the instructions of F16C round to nearest even and keep denormals, whatever the control register says; the
@@ -615,5 +660,64 @@ INLINE vec_f64 widen_bf16(const uint16_t *p)
 
 HALF_PRECISION(f16)
 HALF_PRECISION(bf16)
+
+/* ---- several whole vectors of adjoining values ---- */
+
+#define VECTORS(dtype, arithmetic)                                                               \
+    INLINE void load_vectors_##dtype(const value_##dtype *p, int vectors, vec_##arithmetic *v)   \
+    {                                                                                            \
+        EACH(k, vectors) v[k] = load_##dtype(p + k * WIDTH_##arithmetic);                        \
+    }                                                                                            \
+    INLINE void store_vectors_##dtype(value_##dtype *p, int vectors, const vec_##arithmetic *v)  \
+    {                                                                                            \
+        EACH(k, vectors) store_##dtype(p + k * WIDTH_##arithmetic, v[k]);                        \
+    }                                                                                            \
+    INLINE void stream_vectors_##dtype(value_##dtype *p, int vectors, const vec_##arithmetic *v) \
+    {                                                                                            \
+        EACH(k, vectors) stream_##dtype(p + k * WIDTH_##arithmetic, v[k]);                       \
+    }
+
+VECTORS(f32, f32)
+VECTORS(f64, f64)
+VECTORS(f16, f32)
+#if defined(__AVX2__) && !defined(__AVX512F__)
+/* In pairs: the halves of two vectors are put together and taken apart where they are, within 128 bits, in one
+ * instruction each. */
+INLINE void load_vectors_bf16(const uint16_t *p, int vectors, vec_f32 *v)
+{
+    EACH(k, vectors / 2) {
+        const __m256i all = _mm256_loadu_si256((const __m256i *)(p + 2 * k * WIDTH_f32));
+        const __m256i pairs = _mm256_permute4x64_epi64(all, 0xd8), zero = _mm256_setzero_si256();
+        v[2 * k] = (vec_f32)_mm256_unpacklo_epi16(zero, pairs);
+        v[2 * k + 1] = (vec_f32)_mm256_unpackhi_epi16(zero, pairs);
+    }
+    if (vectors % 2) v[vectors - 1] = load_bf16(p + (vectors - 1) * WIDTH_f32);
+}
+
+INLINE __m256i pair_bf16(const vec_f32 *v)
+{
+    const __m256i pair = _mm256_packus_epi32((__m256i)round_bf16(v[0]), (__m256i)round_bf16(v[1]));
+    return _mm256_permute4x64_epi64(pair, 0xd8);
+}
+
+INLINE void store_vectors_bf16(uint16_t *p, int vectors, const vec_f32 *v)
+{
+    EACH(k, vectors / 2) _mm256_storeu_si256((__m256i *)(p + 2 * k * WIDTH_f32), pair_bf16(v + 2 * k));
+    if (vectors % 2) store_bf16(p + (vectors - 1) * WIDTH_f32, v[vectors - 1]);
+}
+
+INLINE void stream_vectors_bf16(uint16_t *p, int vectors, const vec_f32 *v)
+{
+    EACH(k, vectors / 2) {
+        const __m256i pair = pair_bf16(v + 2 * k);
+        __m128i *const to = (__m128i *)(p + 2 * k * WIDTH_f32);
+        _mm_stream_si128(to, _mm256_castsi256_si128(pair));
+        _mm_stream_si128(to + 1, _mm256_extracti128_si256(pair, 1));
+    }
+    if (vectors % 2) stream_bf16(p + (vectors - 1) * WIDTH_f32, v[vectors - 1]);
+}
+#else
+VECTORS(bf16, f32)
+#endif
 
 #endif

@@ -293,3 +293,22 @@ def test_y_is_within_one_rounding_of_the_largest(isa, order, ratio):
     largest = np.abs(expected).max(axis=(0, 2, 3))
     errors = np.abs(y - expected).max(axis=(0, 2, 3))
     assert max(float(e) / ulp(float(at), "f4") for e, at in zip(errors, largest, strict=True)) < 1.5
+
+
+@each_dtype
+@each_isa
+@pytest.mark.parametrize("axis", [1, -1])
+def test_nan_of_any_bits_stays_nan(dtype, isa, axis):
+    """In bfloat16 too, where rounding the lower half of such a number up would make it -0."""
+    nan = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001], np.uint32).view(np.float32)
+    x, dy = (make_random((5, 3, 9) if axis == 1 else (5, 9, 3), axis, dtype, seed) for seed in (1, 2))
+    one = np.ones(3, np.float32)
+    with fastbn.runtime.isa(isa):
+        for gamma, beta in ((nan, one), (one, nan)):
+            y, cache = fastbn.batchnorm_forward(x, gamma, beta, axis=axis)
+            assert np.isnan(y.astype(np.float64)).all()
+        _, cache = fastbn.batchnorm_forward(x, nan, one, axis=axis)
+        assert np.isnan(fastbn.batchnorm_backward(dy, cache).dx.astype(np.float64)).all()
+        wide = np.full(3, 0x7FFFFFFFFFFFFFFF).view(np.float64)
+        moments = {"running_mean": wide, "running_var": np.ones(3)}
+        assert np.isnan(fastbn.batchnorm(x, one, one, axis=axis, training=False, **moments).astype(np.float64)).all()
