@@ -117,7 +117,13 @@ cdef void perform(Job *job, Worker worker, int thread, int64_t first, int64_t la
 
 cdef extern from * nogil:
     """
-    static int64_t fastbn_take_next(char *counter)
+    #if defined(FASTBN_DEBUG)
+    __attribute__((visibility("default"))) /* tests/openmp.c takes its place */
+    int64_t fastbn_take_next(char *counter);
+    #else
+    static
+    #endif
+    int64_t fastbn_take_next(char *counter)
     {
         return __atomic_fetch_add((int64_t *)counter, 1, __ATOMIC_RELAXED);
     }

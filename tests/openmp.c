@@ -2,11 +2,11 @@
 // What the schedule needs of OpenMP, for ThreadSanitizer: it sees POSIX threads, but not how GNU's OpenMP waits, and
 // would take every region for a race. tests/races.py loads this before libgomp.
 //
-// A loop with a dynamic schedule may give any iteration to any thread. Here chance decides, anew for each loop, and no
-// thread ever waits for another within one: whatever two iterations share without a right to, they are soon on two
-// threads, and nothing has put one before the other.
+// A thread takes the next task of some (fastbn_take_next), and any may get it. Here chance decides, anew for each
+// region, and no thread ever waits for another within one: whatever two tasks share without a right to, they are soon
+// on two threads, and nothing has put one before the other.
 //
-// RACE=twice gives each iteration to two threads, RACE=early hides from ThreadSanitizer that the threads of a region
+// RACE=twice gives each task to two threads, RACE=early hides from ThreadSanitizer that the threads of a region
 // have ended before the next begins: two defects of a schedule, which must be found.
 #include <pthread.h>
 #include <stdint.h>
@@ -26,10 +26,16 @@ typedef struct team {
     pthread_barrier_t *barrier;
 } team;
 
+// What has been dealt by a counter.
+typedef struct dealt {
+    const char *counter;
+    int64_t next;
+} dealt;
+
 typedef struct member {
     team *team;
     int thread;
-    long next, last;  // iterations of the loop that are still to be dealt
+    dealt dealt[MOST_THREADS];
 } member;
 
 static _Thread_local member self;
@@ -77,34 +83,24 @@ void GOMP_barrier(void)
     if (self.team) pthread_barrier_wait(self.team->barrier);
 }
 
-static int is_mine(long iteration)
+static int is_mine(const char *counter, int64_t task)
 {
-    uint64_t z = (self.team->seed << 32) + iteration;  // splitmix64
+    uint64_t z = (self.team->seed << 32) + ((uintptr_t)counter << 8) + task;  // splitmix64
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
     z = (z ^ z >> 27) * 0x94d049bb133111ebu;
     const int threads = self.team->threads, owner = (z ^ z >> 31) % threads;
-    // not the last one: its thread writes the loop's variable back
-    const int twice = self.team->twice && iteration + 1 < self.last;
-    return self.thread == owner || (twice && self.thread == (owner + 1) % threads);
+    return self.thread == owner || (self.team->twice && self.thread == (owner + 1) % threads);
 }
 
-_Bool GOMP_loop_nonmonotonic_dynamic_next(long *first, long *last)
+// in the place of the schedule's own, which a debug build exports
+int64_t fastbn_take_next(char *counter)
 {
-    while (self.next < self.last && !is_mine(self.next)) self.next++;
-    *first = self.next;
-    *last = ++self.next;
-    return *first < self.last;
+    dealt *d = self.dealt;
+    while (d->counter && d->counter != counter) d++;
+    d->counter = counter;
+    while (!is_mine(counter, d->next)) d->next++;
+    return d->next++;
 }
-
-_Bool GOMP_loop_nonmonotonic_dynamic_start(long first, long last, long step, long chunk, long *mine, long *end)
-{
-    if (!self.team || step != 1 || chunk != 1) abort();
-    self.next = first;
-    self.last = last;
-    return GOMP_loop_nonmonotonic_dynamic_next(mine, end);
-}
-
-void GOMP_loop_end_nowait(void) {}
 
 int omp_get_thread_num(void)
 {
