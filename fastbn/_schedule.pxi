@@ -417,12 +417,16 @@ cdef void finish_redone(Job *job, int thread, int64_t first, int64_t last) noexc
             job.finish(job, channel, True)
 
 
-cdef void finish_group(Job *job, int thread, int64_t channel, int64_t channels) noexcept nogil:
+cdef void reduce_group(Job *job, int thread, int64_t channel, int64_t channels) noexcept nogil:
     cdef int64_t block
+    for block in range(job.blocks):
+        run_planar(job, job.reduce, thread, channel, channels, block, False)
+
+
+cdef void finish_group(Job *job, int thread, int64_t channel, int64_t channels) noexcept nogil:
     finish_channels(job, thread, channel, channel + channels)
     if any_redo(job, channel, channel + channels):
-        for block in range(job.blocks):
-            run_planar(job, job.reduce, thread, channel, channels, block, False)
+        reduce_group(job, thread, channel, channels)
         finish_redone(job, thread, channel, channel + channels)
 
 
@@ -444,13 +448,12 @@ cdef void map_group(Job *job, int thread, int64_t channel, int64_t channels) noe
 cdef void whole_groups(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
     """All three steps for a range of groups of planar channels, group by group: map finds in a cache what reduce has
     read."""
-    cdef int64_t group, channel, channels, block
+    cdef int64_t group, channel, channels
     for group in range(first, last):
         channel = group * job.group
         channels = min(job.group, job.channels - channel)
         shift_channels(job, thread, channel, channel + channels)
-        for block in range(job.blocks):
-            run_planar(job, job.reduce, thread, channel, channels, block, False)
+        reduce_group(job, thread, channel, channels)
         finish_group(job, thread, channel, channels)
         if job.map != NULL:
             map_group(job, thread, channel, channels)

@@ -113,8 +113,8 @@ def test_bits_of_a_view_are_those_of_its_copy(dtype, shape, order, threads, acti
 @each_dtype
 @each_isa
 @pytest.mark.parametrize("threads", [1, 3])
-@each_shape(  # long runs, short ones, large channels: staggered; too few channels to share
-    [(2, 100, 600), (2, 41, 90), (160, 6, 33, 33), (3, 7, 600)]
+@each_shape(  # long runs, short ones; large channels, with a rest, one by one or two by two; too few channels to share
+    [(2, 100, 600), (2, 41, 90), (40, 10, 33, 33), (160, 6, 33, 33), (22, 9, 33, 33), (3, 7, 600)]
 )
 def test_bits_of_a_channel_are_those_that_it_has_alone(isa, dtype, threads, shape):
     """Planar: however channels are grouped, and beside which others a kernel takes them."""
