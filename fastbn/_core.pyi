@@ -36,7 +36,7 @@ STATISTICS_ROWS: Final[int]
 OPENMP: Final[bool]  # compiled with OpenMP
 DEBUG: Final[bool]  # compiled with FASTBN_DEBUG=1
 COMPILER: Final[str]  # name and version of the C compiler
-MEASURED_STREAM_BYTES: Final[int]  # of a result from which streaming stores pay
+MEASURED_STREAM_BYTES: Final[int]  # of a call's arrays from which streaming stores pay
 
 def isas() -> tuple[tuple[str, bool], ...]:
     """(name, available on this CPU and operating system) of every compiled ISA, best first."""

@@ -75,7 +75,7 @@ cdef struct Job:
     bint packed       # some array is strided: blocks pass through `packing`
     char *packing     # a part for each thread
     int64_t packing_size
-    int64_t stream_bytes  # of a result: so large, it is stored past the caches
+    int64_t stream_bytes  # of all arrays: so large, results are stored past the caches
     bint stream
 
 
@@ -535,7 +535,7 @@ cdef bint balanced(int64_t channels, int threads) noexcept nogil:
 
 cdef void cut(Job *job) noexcept nogil:
     """Fix blocks and units. Nothing that cuts a sum depends on anything but the shape."""
-    cdef int64_t rows, values, unit, whole
+    cdef int64_t rows, values, unit, whole, arrays
     cdef int64_t run = job.inner * job.kernels.itemsize, total = job.outer * job.channels * run, row_bytes, together
     cdef const char *written
     job.fold = fold_of(job.planar, job.channels)
@@ -582,12 +582,15 @@ cdef void cut(Job *job) noexcept nogil:
     together = job.group * job.outer * run * (1 if job.dy.data == NULL else 2)  # what reduce reads of a group
     job.staggered = (job.by_channel and job.map != NULL and not job.packed and run >= LONG_RUN_BYTES
                      and together >= STAGGERED_BYTES)
-    # Streaming pays where y is too large to be found in a cache later, and rows consist of whole lines of the cache, or
-    # are so long that the lines at their ends do not matter.
+    # Streaming pays where the arrays are too large for the caches together, earlier where they are read and written in
+    # short pieces, channel by channel; and where rows consist of whole lines of the cache, or are so long that the
+    # lines at their ends do not matter.
+    arrays = 1 + ((job.residual.data != NULL) + (job.dy.data != NULL) + (job.y.data != NULL) + (job.dx.data != NULL)
+                  + (job.dresidual.data != NULL))
     written = job.y.data if job.dy.data == NULL else job.dx.data
     row_bytes = run if job.planar else job.width * job.kernels.itemsize
     job.stream = (written != NULL and written != job.x.data and written != job.residual.data and written != job.dy.data
-                  and total >= job.stream_bytes
+                  and total * arrays >= (job.stream_bytes // 4 * 3 if job.by_channel else job.stream_bytes)
                   and (job.adjoining or row_bytes >= LONG_RUN_BYTES
                        or (not job.planar and has_whole_lines(job, &job.y) and has_whole_lines(job, &job.dx)
                            and has_whole_lines(job, &job.dresidual))))

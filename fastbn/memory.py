@@ -6,9 +6,9 @@ than to compute it. So the memory of a result of 64 KiB or more, once no array u
 one, up to a limit. `FASTBN_CACHE_LIMIT` (bytes) sets it when fastbn is imported, `set_cache_limit` at any time; the
 default is the smaller of 1 GiB and an eighth of the memory that this process may use.
 
-A store past the caches (a streaming store) does not read the line that it replaces. It pays where a result is too large
-to be found in a cache later; `FASTBN_STREAM_BYTES` or `set_stream_bytes` says from how many bytes on. On x86-64
-only; no bit depends on it.
+A store past the caches (a streaming store) does not read the line that it replaces. It pays where the arrays of a
+call, those that it reads and those that it writes, are too large for the caches together; `FASTBN_STREAM_BYTES` or
+`set_stream_bytes` says from how many bytes on. On x86-64 only; no bit depends on it.
 """
 
 from __future__ import annotations
@@ -133,12 +133,15 @@ def cache_info() -> CacheInfo:
 
 
 def set_stream_bytes(nbytes: int | None) -> None:
-    """Store results of `nbytes` or more past the caches, where their rows allow it.
+    """Store results past the caches, where their rows allow it, if the arrays of a call have so many bytes together.
+
+    Those are the arrays of the size of x, read or written: x and y forward, also a residual; x, dy and dx backward.
+    Training in NCHW streams from three quarters of `nbytes` on.
 
     Parameters
     ----------
     nbytes : int or None
-        0: all of them; more than any result has: none. None goes back to the environment or the default.
+        0: all results; more than any call has: none. None goes back to the environment or the default.
 
     Raises
     ------
@@ -158,7 +161,7 @@ def set_stream_bytes(nbytes: int | None) -> None:
 
 
 def stream_bytes() -> int:
-    """The number of bytes from which results are stored past the caches."""
+    """The bytes of a call's arrays together from which its results are stored past the caches."""
     return _core.stream_bytes()
 
 

@@ -44,9 +44,9 @@ int fastbn_isa_count(void)
 int64_t fastbn_stream_bytes(void)
 {
 #if defined(__x86_64__)
-    if (__builtin_cpu_is("amd")) return 9 << 20;
+    if (__builtin_cpu_is("amd")) return 22 << 20;
 #endif
-    return 32 << 20;
+    return 84 << 20;
 }
 
 const fastbn_isa *fastbn_get_isa(int index)
