@@ -26,7 +26,7 @@ int main(void)
 
 @pytest.fixture(scope="module")
 def dispatch(tmp_path_factory):
-    """A program that prints the ISAs of its processor, best first, and the MiB of a call from which stores are streamed."""
+    """A program that prints the ISAs of its processor, best first, and the MiB from which a call streams its stores."""
     if platform.machine() not in ("x86_64", "AMD64") or not shutil.which("qemu-x86_64") or not shutil.which("cc"):
         pytest.skip("needs x86-64, qemu-user and a C compiler")
     folder = tmp_path_factory.mktemp("dispatch")
