@@ -171,6 +171,9 @@ def activations():
                   for i in range(fastbn_activation_count())])
 
 
+cdef int IDENTITY = [name for name, _of_v in activations()].index("identity")
+
+
 def activation_formulas():
     return tuple([tuple([fastbn_activation_formula(i, k).decode() for k in range(FASTBN_FORMULAS)])
                   for i in range(fastbn_activation_count())])
@@ -383,6 +386,7 @@ def backward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x,
         job.dresidual = operand(dresidual)
         job.mask = NULL if mask is None else <char *>cnp.PyArray_DATA(mask)
         job.activation, job.negative_slope = activation
+        job.gated_by_x = job.mask == NULL and job.activation != IDENTITY
         job.gamma = NULL if gamma_dtype is None else rows + STATISTICS_GAMMA * job.channels
         job.beta = NULL if beta_dtype is None else rows + STATISTICS_BETA * job.channels
         job.statistics = rows

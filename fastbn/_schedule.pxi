@@ -34,6 +34,7 @@ cdef struct Job:
     int activation
     double negative_slope
     bint training
+    bint gated_by_x  # backward: where the gradient passes is found from x
     bint statistics_only
     bint finite_first  # no map unless all statistics are finite
     double eps
@@ -337,7 +338,7 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
     cdef fastbn_block b
     cdef int64_t channel, k
     cdef fastbn_coefficients exact
-    if job.dy.data != NULL:  # where an activation has let the gradient pass is found from x
+    if job.gated_by_x:
         for channel in range(first, last):
             exact = kept_normalizer(job, channel)
             write_coefficients(job, channel, &exact, False)
