@@ -51,10 +51,10 @@ def activation_formulas() -> tuple[tuple[str, str, str, str], ...]:
     """Of every activation, as src_c/activations.def has them: y, open, and the gradients where open and where shut."""
 
 def stream_bytes() -> int:
-    """Bytes of a result from which it is stored past the caches."""
+    """Bytes of a call's arrays together from which its results are stored past the caches."""
 
 def set_stream_bytes(nbytes: int) -> None:
-    """Store results of so many bytes or more past the caches."""
+    """Store results past the caches where the arrays of a call have so many bytes together."""
 
 def mask_nbytes(planar: bool, shape: _Shape) -> int:
     """Bytes of the mask that `forward` fills when an activation follows a residual."""

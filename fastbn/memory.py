@@ -135,13 +135,14 @@ def cache_info() -> CacheInfo:
 def set_stream_bytes(nbytes: int | None) -> None:
     """Store results past the caches, where their rows allow it, if the arrays of a call have so many bytes together.
 
-    Those are the arrays of the size of x, read or written: x and y forward, also a residual; x, dy and dx backward.
-    Training in NCHW streams from three quarters of `nbytes` on.
+    Those are the arrays of the size of x, read or written: x, y and a residual forward; x, dy, dx and what a residual
+    adds backward. Where channels are taken one after the other (NCHW, training and backward, with channels enough for
+    all threads), three quarters of `nbytes` are enough.
 
     Parameters
     ----------
     nbytes : int or None
-        0: all results; more than any call has: none. None goes back to the environment or the default.
+        0: all results; a huge number: none. None goes back to the environment or the default.
 
     Raises
     ------

@@ -118,7 +118,8 @@ int fastbn_isa_count(void);
 const fastbn_isa *fastbn_get_isa(int index);
 int fastbn_isa_available(int index); /* on this CPU and operating system */
 /* Bytes of all arrays of a call together from which stores go past the caches: where that was measured to pay, with
- * somebody who reads y next. AMD's have an L3 cache of 32 MiB for some cores (Zen 3, Zen 5); others: Intel's Xeon. */
+ * somebody who reads y next. AMD's have an L3 cache of 32 MiB for some cores (Zen 5, and about the same on Zen 3); for
+ * others, what a Xeon gave for y alone. */
 int64_t fastbn_stream_bytes(void);
 int fastbn_dtype_count(void);
 const char *fastbn_dtype_code(int index);

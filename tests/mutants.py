@@ -171,7 +171,7 @@ PATTERNS: list[tuple[str, str, str]] = [
     ("constant", r"(?<![\w.])\d+\.\d+(?![\w.])", r"(2 * \g<0>)"),
     ("lane", r"\[k\]", "[0]"),
     ("lane", r"\bk \* ", ""),
-    ("lane", r"\b(FASTBN_LANES|F\(WIDTH\)|LANE_VECTORS|TILE_VECTORS|TILE|F\(PARTS\))(?!\w)", r"(\1 / 2)"),
+    ("lane", r"\b(FASTBN_LANES|F\((?:WIDTH|WIDE_TILE|PARTS)\)|LANE_VECTORS|TILE_VECTORS|TILE)(?!\w)", r"(\1 / 2)"),
     ("lane", r"\bWIDTH_f64\b", "WIDTH_f32"),
     ("tail", rf"\b(?:clamp|least|min|max)\(({ARGUMENT}), ({ARGUMENT})\)", r"(\1)"),
     ("tail", rf"\b(?:clamp|least|min|max)\(({ARGUMENT}), ({ARGUMENT})\)", r"(\2)"),
