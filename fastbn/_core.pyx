@@ -386,7 +386,6 @@ def backward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x,
         job.dresidual = operand(dresidual)
         job.mask = NULL if mask is None else <char *>cnp.PyArray_DATA(mask)
         job.activation, job.negative_slope = activation
-        job.gated_by_x = job.mask == NULL and job.activation != IDENTITY
         job.gamma = NULL if gamma_dtype is None else rows + STATISTICS_GAMMA * job.channels
         job.beta = NULL if beta_dtype is None else rows + STATISTICS_BETA * job.channels
         job.statistics = rows

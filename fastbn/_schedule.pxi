@@ -34,7 +34,6 @@ cdef struct Job:
     int activation
     double negative_slope
     bint training
-    bint gated_by_x  # backward: where the gradient passes is found from x
     bint statistics_only
     bint finite_first  # no map unless all statistics are finite
     double eps
@@ -338,7 +337,7 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
     cdef fastbn_block b
     cdef int64_t channel, k
     cdef fastbn_coefficients exact
-    if job.gated_by_x:
+    if job.dy.data != NULL and job.mask == NULL and job.activation != IDENTITY:  # the gate is found from x
         for channel in range(first, last):
             exact = kept_normalizer(job, channel)
             write_coefficients(job, channel, &exact, False)
@@ -586,8 +585,8 @@ cdef void cut(Job *job) noexcept nogil:
     # Streaming pays where the arrays are too large for the caches together, earlier where they are read and written in
     # short pieces, channel by channel; and where rows consist of whole lines of the cache, or are so long that the
     # lines at their ends do not matter.
-    arrays = 1 + ((job.residual.data != NULL) + (job.dy.data != NULL) + (job.y.data != NULL) + (job.dx.data != NULL)
-                  + (job.dresidual.data != NULL))
+    arrays = (1 + (job.residual.data != NULL) + (job.dy.data != NULL) + (job.y.data != NULL) + (job.dx.data != NULL)
+              + (job.dresidual.data != NULL))
     written = job.y.data if job.dy.data == NULL else job.dx.data
     row_bytes = run if job.planar else job.width * job.kernels.itemsize
     job.stream = (written != NULL and written != job.x.data and written != job.residual.data and written != job.dy.data
