@@ -41,7 +41,7 @@ cdef extern from "fastbn.h" nogil:
         int64_t plane
         int activation
         double negative_slope
-        int training, stream
+        int training, stream, next_too
         int64_t rows_ahead, then_row
 
     ctypedef struct fastbn_copy2d:
@@ -65,6 +65,7 @@ cdef extern from "fastbn.h" nogil:
         fastbn_kernel *backward_apply_adjoining
         fastbn_pair *apply_beside_stats
         fastbn_pair *backward_apply_beside_stats
+        fastbn_pair *apply_adjoining_beside_stats
         void (*round_coefficients)(const fastbn_coefficients *exact, int backward, void *coefficients,
                                    int64_t plane) noexcept nogil
         void (*copy2d)(const fastbn_copy2d *) noexcept nogil
@@ -349,6 +350,7 @@ def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, 
         job.map = job.kernels.apply[planar]
         job.map_beside_reduce = job.kernels.apply_beside_stats
         job.map_adjoining = job.kernels.apply_adjoining
+        job.map_adjoining_beside_reduce = job.kernels.apply_adjoining_beside_stats
         if training:
             job.reduce = job.kernels.stats[planar]
         else:

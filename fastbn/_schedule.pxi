@@ -42,6 +42,7 @@ cdef struct Job:
     fastbn_kernel *map     # NULL: only the statistics are wanted
     fastbn_pair *map_beside_reduce  # planar: both at once, for different channels
     fastbn_kernel *map_adjoining    # planar: short runs that adjoin as one
+    fastbn_pair *map_adjoining_beside_reduce
     # arrays
     Array x, residual, dy, y, dx, dresidual
     char *mask
@@ -65,6 +66,7 @@ cdef struct Job:
     bint by_channel   # planar: all three steps for a group before the next
     bint adjoining    # planar: map takes the runs of a group, which are short and adjoin, as one
     bint staggered    # and the map of a group beside the reduce of the next
+    bint next_too     # or the map of a group asks for what the reduce of the next will read
     # scratch, one allocation
     char *taken  # tasks of each thread's part that have been taken, a line of the cache each
     double *sums
@@ -96,8 +98,10 @@ cdef enum:
     SERIAL_SUMS = 1024
     # The map takes shorter runs as one, if they adjoin.
     LONG_RUN_BYTES = 2 << 10
-    # What reduce reads of a group from which on map does not find it in an L2 cache of half a megabyte.
+    # What reduce reads of a group from which on map does not find it in an L2 cache: of forward, which reads one array,
+    # one of half a megabyte. Two are better asked for ahead than read beside a map, as long as they fit such a cache.
     STAGGERED_BYTES = 300 << 10
+    STAGGERED_BYTES_OF_TWO = 500 << 10
     # Bytes of scratch that are kept for the next call.
     SPARE_BYTES = 4 << 20
 
@@ -207,6 +211,7 @@ cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t
     b.negative_slope = job.negative_slope
     b.training = job.training
     b.stream = job.stream
+    b.next_too = mapping and job.next_too
     b.plane = job.width
     b.coefficients = job.coefficients + channel * job.kernels.coefficient_size
     b.x_shift = job.x_shift + channel
@@ -460,10 +465,10 @@ cdef void whole_groups(Job *job, int thread, int64_t first, int64_t last) noexce
 
 
 cdef void staggered_groups(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
-    """The same, with the map of a group beside the reduce of the next, where a group is too large for map to find much
-    of it in a cache: the next is read while this one is written."""
+    """The same, with the map of a group beside the reduce of the next: that is read while this one is written."""
     cdef int64_t group, channel, channels, block, i
     cdef fastbn_block mapped, reduced
+    cdef fastbn_pair *both = job.map_adjoining_beside_reduce if job.adjoining else job.map_beside_reduce
     for group in range(first, last):
         channel = group * job.group
         channels = min(job.group, job.channels - channel)
@@ -476,7 +481,7 @@ cdef void staggered_groups(Job *job, int thread, int64_t first, int64_t last) no
                 # Between the stores of map, asking for the same rows of the next channels pays more than for the next.
                 reduced.rows_ahead, reduced.then_row = reduced.rows, 0
                 mapped = planar_block(job, channel - job.group, job.group, block, True)
-                job.map_beside_reduce(&mapped, &reduced)
+                both(&mapped, &reduced)
             else:
                 run_planar(job, job.reduce, thread, channel, channels, block, False)
         finish_group(job, thread, channel, channels)
@@ -537,6 +542,7 @@ cdef void cut(Job *job) noexcept nogil:
     """Fix blocks and units. Nothing that cuts a sum depends on anything but the shape."""
     cdef int64_t rows, values, unit, whole, arrays
     cdef int64_t run = job.inner * job.kernels.itemsize, total = job.outer * job.channels * run, row_bytes, together
+    cdef bint large, one_by_one
     cdef const char *written
     job.fold = fold_of(job.planar, job.channels)
     job.width = job.fold * job.channels
@@ -579,18 +585,25 @@ cdef void cut(Job *job) noexcept nogil:
     if not job.planar:
         job.map_rows = max(1, UNIT_BYTES // (job.width * job.kernels.itemsize))
         job.map_units = ceil_div(rows, job.map_rows) + (rows * job.fold < job.outer)
-    together = job.group * job.outer * run * (1 if job.dy.data == NULL else 2)  # what reduce reads of a group
-    job.staggered = (job.by_channel and job.map != NULL and not job.packed and run >= LONG_RUN_BYTES
-                     and together >= STAGGERED_BYTES)
-    # Streaming pays where the arrays are too large for the caches together, earlier where they are read and written in
-    # short pieces, channel by channel; and where rows consist of whole lines of the cache, or are so long that the
-    # lines at their ends do not matter.
     arrays = (1 + (job.residual.data != NULL) + (job.dy.data != NULL) + (job.y.data != NULL) + (job.dx.data != NULL)
               + (job.dresidual.data != NULL))
+    # Too large for the caches together; earlier where more than two are read and written in short pieces, channel by
+    # channel.
+    large = total * arrays >= (job.stream_bytes // 4 * 3 if job.by_channel and arrays > 2 else job.stream_bytes)
+    one_by_one = job.by_channel and job.map != NULL and not job.packed
+    together = job.group * job.outer * run  # what reduce reads of a group
+    if job.dy.data == NULL:
+        job.staggered = (one_by_one and (large or together >= STAGGERED_BYTES)
+                         and (run >= LONG_RUN_BYTES or (job.adjoining and job.inner >= FASTBN_LANES)))
+    else:
+        job.staggered = one_by_one and run >= LONG_RUN_BYTES and 2 * together >= STAGGERED_BYTES_OF_TWO
+    job.next_too = one_by_one and large and job.dy.data != NULL and not job.staggered
+    # Streaming pays where the arrays are large; and where rows consist of whole lines of the cache, or are so long that
+    # the lines at their ends do not matter.
     written = job.y.data if job.dy.data == NULL else job.dx.data
     row_bytes = run if job.planar else job.width * job.kernels.itemsize
     job.stream = (written != NULL and written != job.x.data and written != job.residual.data and written != job.dy.data
-                  and total * arrays >= (job.stream_bytes // 4 * 3 if job.by_channel else job.stream_bytes)
+                  and large
                   and (job.adjoining or row_bytes >= LONG_RUN_BYTES
                        or (not job.planar and has_whole_lines(job, &job.y) and has_whole_lines(job, &job.dx)
                            and has_whole_lines(job, &job.dresidual))))

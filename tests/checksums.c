@@ -79,6 +79,7 @@ enum {
     BACKWARD_BESIDE,
     ADJOINING,
     BACKWARD_ADJOINING,
+    ADJOINING_BESIDE,
     COEFFICIENTS,
     COPY,
     KERNELS
@@ -91,6 +92,7 @@ static const char *const kernel_names[KERNELS] = {"stats",
                                                   "backward_apply_beside_stats",
                                                   "apply_adjoining",
                                                   "backward_apply_adjoining",
+                                                  "apply_adjoining_beside_stats",
                                                   "coefficients",
                                                   "copy2d"};
 
@@ -162,6 +164,7 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
     k->backward_stats[planar](&b);
     h[BACKWARD_STATS] = hash(h[BACKWARD_STATS], sums, k->sums * per_channel, wide);
     for (b.training = 0; b.training < 2; b.training++) {
+        b.next_too = b.training;
         k->backward_apply[planar](&b);
         h[BACKWARD_APPLY] = hash(h[BACKWARD_APPLY], dx, count, f);
         if (with_residual) h[BACKWARD_APPLY] = hash(h[BACKWARD_APPLY], dresidual, count, f);
@@ -182,6 +185,10 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
         k->backward_apply_adjoining(&b);
         h[BACKWARD_ADJOINING] = hash(h[BACKWARD_ADJOINING], dx, count, f);
         if (with_residual) h[BACKWARD_ADJOINING] = hash(h[BACKWARD_ADJOINING], dresidual, count, f);
+        if (width >= FASTBN_LANES) {
+            k->apply_adjoining_beside_stats(&b, &other);
+            h[ADJOINING_BESIDE] = hash(hash(h[ADJOINING_BESIDE], y, count, f), sums, k->sums * per_channel, wide);
+        }
     }
     const fastbn_copy2d copy = {rows, width / 2, x, b.x.row, 2 * f.bytes, copied, width / 2 * f.bytes, f.bytes};
     k->copy2d(&copy);

@@ -198,6 +198,25 @@ def test_bits_of_streamed_output(isa, dtype, threads, axis, shape):
                     assert_same_bits(streamed.dresidual, plain.dresidual)
 
 
+@each_dtype
+@each_isa
+@pytest.mark.parametrize("threads", [1, 3])
+@each_shape(  # long runs; short ones that adjoin: in one part of a row, in several, with a block of two rows, too short
+    [(12, 20, 30, 30), (21, 40, 14, 14), (70, 200, 4, 4), (85, 40, 7, 7), (60, 90, 3, 5)]
+)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_bits_of_large_arrays(isa, dtype, threads, shape, with_residual):
+    """Planar: channels are written while the next ones are read, or asked for."""
+    problem = make_problem(shape, dtype, with_residual=with_residual)
+    for activation in ("relu", "identity"):
+        with streaming(False):
+            expected = run(problem, activation, ISAS[-1], 1)
+        with streaming(True):
+            results = run(problem, activation, isa, threads)
+        for name, value in results.items():
+            assert_same_bits(value, expected[name])
+
+
 @pytest.fixture(scope="module")
 def flush_to_zero(tmp_path_factory):
     """What other libraries do: flush-to-zero and denormals-are-zero in this thread, for a `with` block. They must have
