@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,13 +23,14 @@ class Contender:
 
     Attributes
     ----------
-    buffers : int
-        Tensors of the size of x that a case keeps alive, temporaries included; to see whether memory suffices.
+    buffers : dict of str to int
+        For each op the tensors of the size of x that a case without residual keeps alive, temporaries included; to see
+        whether memory suffices.
     dtypes, functions, residual
         What it can do: dtype codes, activations, and whether it adds a residual before them.
     """
 
-    buffers = 5
+    buffers: ClassVar[dict[str, int]] = {"forward": 3, "inference": 3, "backward": 5}
     dtypes: tuple[str, ...] = ("f32", "f64")
     functions: tuple[str, ...] = ("identity", "relu")
     residual = True

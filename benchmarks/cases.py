@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -198,8 +198,9 @@ def aligned_like(values: Array, offset: int = 0) -> Array:
     return aligned(values.shape, values.dtype, offset)
 
 
-def make_inputs(shape: Shape, dtype: str) -> dict[str, Array]:
-    """Random x, dy and residual in (N, C, H, W), and parameters, the same for every op and layout."""
+def make_inputs(shape: Shape, dtype: str, ops: Sequence[str], activation: str) -> dict[str, Array]:
+    """Random x, and dy and residual where they are used, in (N, C, H, W), and parameters, the same for every op and
+    layout."""
     rng = np.random.default_rng(0)
     full = (shape.N, shape.C, shape.H, shape.W)
     target = np_dtype(dtype)
@@ -214,9 +215,11 @@ def make_inputs(shape: Shape, dtype: str) -> dict[str, Array]:
         "running_mean": vector(-1, 1),
         "running_var": vector(0.5, 2),
     }
-    for name in ("x", "dy", "residual"):
-        arrays[name] = rng.standard_normal(full, np.float32).astype(target, copy=False)
-    arrays["x"] += vector(-1, 1).astype(target).reshape(1, -1, 1, 1)
+    offset = vector(-1, 1).astype(target).reshape(1, -1, 1, 1)
+    for name, used in (("x", True), ("dy", "backward" in ops), ("residual", activation.startswith("add+"))):
+        if used:
+            arrays[name] = rng.standard_normal(full, np.float32).astype(target, copy=False)
+    arrays["x"] += offset
     return arrays
 
 

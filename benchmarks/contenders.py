@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from onednn import OneDNN, OneDNNBlocked
 class FastBN(Contender):
     """Its output in a buffer of the caller."""
 
-    buffers = 4
+    buffers: ClassVar[dict[str, int]] = {"forward": 2, "inference": 2, "backward": 4}
     dtypes = tuple(DTYPES)
     functions = tuple(name for name in activations() if not name.startswith("add+"))
     caller_buffer = True
@@ -86,7 +86,7 @@ class FastBNRecycled(FastBN):
 class Numpy(Contender):
     """The formula, as NumPy users write it; half precision in float32."""
 
-    buffers = 7
+    buffers: ClassVar[dict[str, int]] = {"forward": 7, "inference": 7, "backward": 7}
     dtypes = ("f32", "f64", "f16", "bf16")
 
     def forward(self, case: Case, data: Data) -> Call:

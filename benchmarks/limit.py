@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class Limit(Contender):
 
     stream = False
     serial = False
-    buffers = 4
+    buffers: ClassVar[dict[str, int]] = {"forward": 2, "inference": 2, "backward": 3}
     verified = False
 
     def load(self) -> None:

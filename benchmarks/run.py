@@ -34,7 +34,7 @@ from contenders import CONTENDERS, GROUPS
 from results import Result, Results, Samples, limit_of, paired, shares, unsettled, worst_spread
 
 HERE = Path(__file__).resolve().parent
-MEMORY_SHARE = 0.8  # of what is available
+MEMORY_SHARE = 0.9  # of what is available
 
 
 class WorkerError(Exception):
@@ -147,7 +147,7 @@ class Driver:
         left = (machine.memory_bytes("MemAvailable") or 1 << 62) * MEMORY_SHARE
         fitting = []
         for name, process in self.processes.items():
-            left -= process.hello["buffers"] * case.nbytes
+            left -= (process.hello["buffers"][case.op] + 2 * case.residual) * case.nbytes
             if left > 0:
                 fitting.append(name)
             else:
@@ -211,7 +211,7 @@ class Driver:
         todo = list(cases.make_cases([shape], a.layout, a.ops, a.dtype, a.activation, a.threads))
         if not todo:
             return
-        inputs = cases.make_inputs(shape, a.dtype)
+        inputs = cases.make_inputs(shape, a.dtype, [case.op for case in todo], a.activation)
         training = {case.op for case in todo} - {"inference"}
         right: dict[str, dict[str, Array]] = {}
         if training:
@@ -222,7 +222,7 @@ class Driver:
         written = None
         for case in todo:
             if case.layout != written:
-                self.write({name: inputs[name] for name in ("x", "dy", "residual", "gamma", "beta")}, case.layout)
+                self.write({name: array for name, array in inputs.items() if "running" not in name}, case.layout)
                 written = case.layout
             results = right[case.op]
             expected = {f"{name}_expected": results[name] for name in cases.expected_names(case)}
@@ -308,7 +308,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, help="samples of each contender (default 15)")
     add("--retries", type=int, default=1, help="how often a case that did not settle is measured again")
     add("--minutes", type=float, default=20, help="after these nothing is measured again")
-    add("--idle", type=float, default=5, help="milliseconds before each sample (default 5)")
+    add("--idle", type=float, default=20, help="milliseconds before each sample (default 20)")
     add("--target", type=float, help="least milliseconds of calls in a sample (default 3)")
     add("--seed", type=int, default=0, help="of the order")
     add("--shapes-folder", type=Path, default=cases.SHAPES, help="where the shape files are")

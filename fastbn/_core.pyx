@@ -41,7 +41,9 @@ cdef extern from "fastbn.h" nogil:
         int64_t plane
         int activation
         double negative_slope
-        int training, stream, next_too
+        int training, stream
+        int64_t x_ahead
+        int next_too
         int64_t rows_ahead, then_row
 
     ctypedef struct fastbn_copy2d:

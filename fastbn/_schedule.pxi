@@ -55,7 +55,8 @@ cdef struct Job:
     # of one group
     int64_t blocks
     int64_t rows_per_block
-    int64_t segments  # planar: blocks of a run, where a run is longer than a block
+    int64_t segment   # planar: values of a run in a block, at most
+    int64_t segments  # blocks of a run, where it is longer
     int64_t fold      # interleaved: rows taken as one, to fill whole vectors; channel c is columns c + k channels
     int64_t width     # sums, coefficients and shifts: fold * channels
     int64_t group     # columns (interleaved) or channels (planar) of a group
@@ -66,6 +67,7 @@ cdef struct Job:
     bint by_channel   # planar: all three steps for a group before the next
     bint adjoining    # planar: map takes the runs of a group, which are short and adjoin, as one
     bint staggered    # and the map of a group beside the reduce of the next
+    int64_t x_ahead   # forward without sums: bytes that map asks for ahead
     bint next_too     # or the map of a group asks for what the reduce of the next will read
     # scratch, one allocation
     char *taken  # tasks of each thread's part that have been taken, a line of the cache each
@@ -98,10 +100,17 @@ cdef enum:
     SERIAL_SUMS = 1024
     # The map takes shorter runs as one, if they adjoin.
     LONG_RUN_BYTES = 2 << 10
+    # Rows of adjoining planes for which spreading their coefficients pays, and for planes of some vectors those for which
+    # the kernel does not yet do it.
+    SPREAD_ROWS = 16
+    UNSPREAD_COLUMNS = 8 * FASTBN_LANES
+    UNSPREAD_ROWS = 3
     # What reduce reads of a group from which on map does not find it in an L2 cache: of forward, which reads one array,
     # one of half a megabyte. Two are better asked for ahead than read beside a map, as long as they fit such a cache.
     STAGGERED_BYTES = 300 << 10
     STAGGERED_BYTES_OF_TWO = 500 << 10
+    # Bytes that a map that reads memory asks for ahead: two pages, where the processor's own prefetcher ends with one.
+    FORWARD_AHEAD = 8 << 10
     # Bytes of scratch that are kept for the next call.
     SPARE_BYTES = 4 << 20
 
@@ -211,6 +220,7 @@ cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t
     b.negative_slope = job.negative_slope
     b.training = job.training
     b.stream = job.stream
+    b.x_ahead = job.x_ahead if mapping else 0
     b.next_too = mapping and job.next_too
     b.plane = job.width
     b.coefficients = job.coefficients + channel * job.kernels.coefficient_size
@@ -272,9 +282,9 @@ cdef fastbn_block planar_block(Job *job, int64_t channel, int64_t channels, int6
     """One block of each of some channels."""
     cdef fastbn_block b
     cdef int64_t row = block // job.segments * job.rows_per_block
-    cdef int64_t inner = block % job.segments * FASTBN_PLANAR_BLOCK
+    cdef int64_t inner = block % job.segments * job.segment
     b.rows = min(job.rows_per_block, job.outer - row)
-    b.columns = min(job.inner - inner, FASTBN_PLANAR_BLOCK) if job.segments > 1 else job.inner
+    b.columns = min(job.inner - inner, job.segment) if job.segments > 1 else job.inner
     b.channels = channels
     b.rows_ahead, b.then_row = job.outer - row, -row
     place(job, &b, row, channel, inner, mapping)
@@ -552,16 +562,19 @@ cdef void cut(Job *job) noexcept nogil:
                      and is_dense(job, &job.x) and is_dense(job, &job.residual) and is_dense(job, &job.dy)
                      and is_dense(job, &job.y) and is_dense(job, &job.dx) and is_dense(job, &job.dresidual))
     job.segments = 1
+    job.segment = FASTBN_PLANAR_BLOCK
+    if job.reduce == NULL and not job.packed:  # no sums to cut
+        job.segment = PHASE_UNIT_BYTES // job.kernels.itemsize
     job.by_channel = False
     if job.planar:
-        if job.inner > FASTBN_PLANAR_BLOCK:
-            job.segments = ceil_div(job.inner, FASTBN_PLANAR_BLOCK)
+        if job.inner > job.segment:
+            job.segments = ceil_div(job.inner, job.segment)
             job.rows_per_block = 1
         else:
-            job.rows_per_block = min(job.outer, FASTBN_PLANAR_BLOCK // job.inner)
+            job.rows_per_block = min(job.outer, max(1, FASTBN_PLANAR_BLOCK // job.inner))
         job.blocks = job.segments * ceil_div(job.outer, job.rows_per_block)
         job.by_channel = job.reduce != NULL and not job.finite_first and balanced(job.channels, job.threads)
-        values = job.outer * job.inner if job.by_channel else job.rows_per_block * min(job.inner, FASTBN_PLANAR_BLOCK)
+        values = job.outer * job.inner if job.by_channel else job.rows_per_block * min(job.inner, job.segment)
         unit = UNIT_BYTES if job.by_channel else PHASE_UNIT_BYTES
         job.group = max(1, min(unit // (values * job.kernels.itemsize), job.channels // job.threads))
         whole = FASTBN_LANES // gcd(job.inner, FASTBN_LANES)  # so many channels are whole lines of the cache
@@ -569,9 +582,16 @@ cdef void cut(Job *job) noexcept nogil:
             job.group -= job.group % whole
         if job.adjoining and job.reduce == NULL:  # no sums to cut: in the order of memory
             unit = min(unit, total // (job.threads * TASKS_PER_THREAD))
-            job.rows_per_block = min(max(1, unit // (job.channels * run)), job.outer)
+            rows = max(1, unit // (job.channels * run))
+            if job.dy.data == NULL and job.inner >= UNSPREAD_COLUMNS:
+                rows = min(rows, UNSPREAD_ROWS)
+            else:
+                rows = max(rows, SPREAD_ROWS)
+            job.rows_per_block = min(rows, job.outer)
             job.blocks = ceil_div(job.outer, job.rows_per_block)
             job.group = min(max(1, unit // (job.rows_per_block * run)), job.channels)
+            if job.group > whole:
+                job.group -= job.group % whole
         job.groups = ceil_div(job.channels, job.group)
     else:
         rows = job.outer // job.fold
@@ -607,6 +627,7 @@ cdef void cut(Job *job) noexcept nogil:
                   and (job.adjoining or row_bytes >= LONG_RUN_BYTES
                        or (not job.planar and has_whole_lines(job, &job.y) and has_whole_lines(job, &job.dx)
                            and has_whole_lines(job, &job.dresidual))))
+    job.x_ahead = FORWARD_AHEAD if job.stream and job.reduce == NULL and job.dy.data == NULL else 0
 
 
 cdef inline int64_t aligned(int64_t size) noexcept nogil:

@@ -66,9 +66,10 @@ typedef struct fastbn_block {
     int64_t plane;
     int activation; /* row of activations.def */
     double negative_slope;
-    int training; /* backward_apply: whether mean and variance depend on x */
-    int stream;   /* apply and backward_apply: store past the caches */
-    int next_too; /* backward_apply, planar: ask for x and dy of as many channels that follow */
+    int training;    /* backward_apply: whether mean and variance depend on x */
+    int stream;      /* apply and backward_apply: store past the caches */
+    int64_t x_ahead; /* apply: asks for x so many bytes ahead; 0: a cache has it */
+    int next_too;    /* backward_apply, planar: ask for x and dy of as many channels that follow */
     /* Planar sums ask ahead for what is read next: so many rows from the first of this block on, then those of the next
      * channels, from then_row on, counted from the same row. */
     int64_t rows_ahead, then_row;

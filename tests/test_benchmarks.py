@@ -92,7 +92,7 @@ def test_benchmarks_a_wrong_result_is_noticed(suite):
 
     shape = cases.Shape("any", "any", 4, 3, 5, 5, 1)
     case = cases.Case("forward", "nchw", "f32", "identity", 1, shape)
-    y = cases.right_results(cases.make_inputs(shape, "f32"), "forward", "identity")["y"]
+    y = cases.right_results(cases.make_inputs(shape, "f32", ["forward"], "identity"), "forward", "identity")["y"]
     assert cases.difference("y", y, y, case, 1.0) is None
     for value in (y.flat[7] + 0.1, np.nan):
         wrong = y.copy()

@@ -217,6 +217,25 @@ def test_bits_of_large_arrays(isa, dtype, threads, shape, with_residual):
             assert_same_bits(value, expected[name])
 
 
+@each_dtype
+@each_isa
+@pytest.mark.parametrize("axis", [1, -1])
+@each_shape([(1, 2, 520, 520), (3, 5, 67, 67), (40, 24, 12, 11), (20, 40, 7, 7), (2, 300, 20)])
+def test_bits_of_large_arrays_without_sums(isa, dtype, axis, shape):
+    """Inference cuts the memory into other pieces than sums do, and asks for it ahead."""
+    x = make_problem(shape, dtype).x
+    channels = shape[axis]
+    moments = {"running_mean": np.linspace(-1, 1, channels), "running_var": np.linspace(1, 2, channels)}
+    options = {"axis": axis, "activation": "relu", "training": False, **moments}
+    with streaming(False), fastbn.runtime.isa(ISAS[-1]), fastbn.threads(1):
+        expected = fastbn.batchnorm(x, **options)
+    for threads in (1, 3):
+        for stream in (False, True):
+            with streaming(stream), fastbn.runtime.isa(isa), fastbn.threads(threads):
+                y = fastbn.batchnorm(x, **options)
+            assert_same_bits(y, expected)
+
+
 @pytest.fixture(scope="module")
 def flush_to_zero(tmp_path_factory):
     """What other libraries do: flush-to-zero and denormals-are-zero in this thread, for a `with` block. They must have
