@@ -42,8 +42,7 @@ cdef extern from "fastbn.h" nogil:
         int activation
         double negative_slope
         int training, stream
-        int64_t x_ahead
-        int next_too
+        int ask_ahead, next_too
         int64_t rows_ahead, then_row
 
     ctypedef struct fastbn_copy2d:
@@ -71,6 +70,7 @@ cdef extern from "fastbn.h" nogil:
         void (*round_coefficients)(const fastbn_coefficients *exact, int backward, void *coefficients,
                                    int64_t plane) noexcept nogil
         void (*copy2d)(const fastbn_copy2d *) noexcept nogil
+        void (*first_values)(const fastbn_operand *x, int64_t channels, double *values) noexcept nogil
 
     ctypedef struct fastbn_isa:
         const char *name

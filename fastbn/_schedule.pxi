@@ -67,8 +67,8 @@ cdef struct Job:
     bint by_channel   # planar: all three steps for a group before the next
     bint adjoining    # planar: map takes the runs of a group, which are short and adjoin, as one
     bint staggered    # and the map of a group beside the reduce of the next
-    int64_t x_ahead   # forward without sums: bytes that map asks for ahead
-    bint next_too     # or the map of a group asks for what the reduce of the next will read
+    bint ask_ahead    # forward without sums: map reads memory
+    bint next_too     # a group is small enough that what the reduce of the next will read is asked for with it
     # scratch, one allocation
     char *taken  # tasks of each thread's part that have been taken, a line of the cache each
     double *sums
@@ -100,17 +100,16 @@ cdef enum:
     SERIAL_SUMS = 1024
     # The map takes shorter runs as one, if they adjoin.
     LONG_RUN_BYTES = 2 << 10
-    # Rows of adjoining planes for which spreading their coefficients pays, and for planes of some vectors those for which
-    # the kernel does not yet do it.
+    # Rows of adjoining planes for which spreading their coefficients pays, and for planes of some vectors those for
+    # which the kernel does not yet do it (MAP_ROWS of apply.inc).
     SPREAD_ROWS = 16
     UNSPREAD_COLUMNS = 8 * FASTBN_LANES
     UNSPREAD_ROWS = 3
-    # What reduce reads of a group from which on map does not find it in an L2 cache: of forward, which reads one array,
-    # one of half a megabyte. Two are better asked for ahead than read beside a map, as long as they fit such a cache.
+    # What reduce reads of a group from which on map does not find it in an L2 cache of half a megabyte.
     STAGGERED_BYTES = 300 << 10
-    STAGGERED_BYTES_OF_TWO = 500 << 10
-    # Bytes that a map that reads memory asks for ahead: two pages, where the processor's own prefetcher ends with one.
-    FORWARD_AHEAD = 8 << 10
+    # And up to which the next group's fits such a cache too, and may be asked for as a whole. Backward, which reads two
+    # arrays, then does nothing but ask.
+    NEXT_BYTES = 500 << 10
     # Bytes of scratch that are kept for the next call.
     SPARE_BYTES = 4 << 20
 
@@ -220,7 +219,7 @@ cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t
     b.negative_slope = job.negative_slope
     b.training = job.training
     b.stream = job.stream
-    b.x_ahead = job.x_ahead if mapping else 0
+    b.ask_ahead = mapping and job.ask_ahead
     b.next_too = mapping and job.next_too
     b.plane = job.width
     b.coefficients = job.coefficients + channel * job.kernels.coefficient_size
@@ -262,7 +261,7 @@ cdef void run_packed(Job *job, fastbn_kernel *kernel, const fastbn_block *stride
     cdef fastbn_block dense = strided[0]
     cdef char *buffer = job.packing + thread * job.packing_size
     cdef int64_t row = strided.columns * job.kernels.itemsize
-    dense.stream = False
+    dense.stream = dense.ask_ahead = False
     redirect(&dense.x, &buffer, strided, row)
     redirect(&dense.residual, &buffer, strided, row)
     redirect(&dense.dy, &buffer, strided, row)
@@ -348,22 +347,29 @@ cdef void set_shift(Job *job, int64_t channel, double first) noexcept nogil:
 
 
 cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
-    """The shifts of a range of channels. The kernels give the first values: sums over one value with shifts of 0."""
+    """The shifts of a range of channels: their first values, or where an activation has a say, or interleaved, sums
+    over one value with shifts of 0."""
     cdef fastbn_block b
+    cdef fastbn_operand values
     cdef int64_t channel, k
     cdef fastbn_coefficients exact
     if job.dy.data != NULL and job.mask == NULL and job.activation != IDENTITY:  # the gate is found from x
         for channel in range(first, last):
             exact = kept_normalizer(job, channel)
             write_coefficients(job, channel, &exact, False)
-    memset(job.x_shift + first, 0, (last - first) * sizeof(double))
-    if job.planar:
-        b.rows = b.columns = 1
+    if job.planar and (job.dy.data == NULL or job.activation == IDENTITY):
+        values = locate(&job.x if job.dy.data == NULL else &job.dy, 0, first, 0, 1)
+        job.kernels.first_values(&values, last - first, job.sums + first)
+    elif job.planar:
+        memset(job.x_shift + first, 0, (last - first) * sizeof(double))
+        b.rows = b.columns = b.rows_ahead = 1
+        b.then_row = 0
         b.channels = last - first
         place(job, &b, 0, first, 0, False)
         b.sums = job.sums + first
         job.reduce(&b)
     else:
+        memset(job.x_shift + first, 0, (last - first) * sizeof(double))
         memset(job.sums, 0, job.kernels.sums * job.width * sizeof(double))
         channel = 0
         while channel < job.channels:  # whole groups: a mask has no address for a single channel
@@ -489,6 +495,7 @@ cdef void staggered_groups(Job *job, int thread, int64_t first, int64_t last) no
             if group > first:
                 reduced = planar_block(job, channel, channels, block, False)
                 # Between the stores of map, asking for the same rows of the next channels pays more than for the next.
+                reduced.next_too = job.next_too
                 reduced.rows_ahead, reduced.then_row = reduced.rows, 0
                 mapped = planar_block(job, channel - job.group, job.group, block, True)
                 both(&mapped, &reduced)
@@ -563,8 +570,9 @@ cdef void cut(Job *job) noexcept nogil:
                      and is_dense(job, &job.y) and is_dense(job, &job.dx) and is_dense(job, &job.dresidual))
     job.segments = 1
     job.segment = FASTBN_PLANAR_BLOCK
-    if job.reduce == NULL and not job.packed:  # no sums to cut
-        job.segment = PHASE_UNIT_BYTES // job.kernels.itemsize
+    if job.reduce == NULL and not job.packed:  # no sums to cut: longer pieces, as many as keep all threads busy
+        values = min(PHASE_UNIT_BYTES, total // (job.threads * TASKS_PER_THREAD)) // job.kernels.itemsize
+        job.segment = max(1, values // FASTBN_PLANAR_BLOCK) * FASTBN_PLANAR_BLOCK
     job.by_channel = False
     if job.planar:
         if job.inner > job.segment:
@@ -580,7 +588,7 @@ cdef void cut(Job *job) noexcept nogil:
         whole = FASTBN_LANES // gcd(job.inner, FASTBN_LANES)  # so many channels are whole lines of the cache
         if job.adjoining and job.group > whole:
             job.group -= job.group % whole
-        if job.adjoining and job.reduce == NULL:  # no sums to cut: in the order of memory
+        if job.adjoining and job.reduce == NULL:
             unit = min(unit, total // (job.threads * TASKS_PER_THREAD))
             rows = max(1, unit // (job.channels * run))
             if job.dy.data == NULL and job.inner >= UNSPREAD_COLUMNS:
@@ -615,9 +623,10 @@ cdef void cut(Job *job) noexcept nogil:
     if job.dy.data == NULL:
         job.staggered = (one_by_one and (large or together >= STAGGERED_BYTES)
                          and (run >= LONG_RUN_BYTES or (job.adjoining and job.inner >= FASTBN_LANES)))
+        job.next_too = job.staggered and together < NEXT_BYTES
     else:
-        job.staggered = one_by_one and run >= LONG_RUN_BYTES and 2 * together >= STAGGERED_BYTES_OF_TWO
-    job.next_too = one_by_one and large and job.dy.data != NULL and not job.staggered
+        job.staggered = one_by_one and run >= LONG_RUN_BYTES and 2 * together >= NEXT_BYTES
+        job.next_too = one_by_one and large and 2 * together < NEXT_BYTES
     # Streaming pays where the arrays are large; and where rows consist of whole lines of the cache, or are so long that
     # the lines at their ends do not matter.
     written = job.y.data if job.dy.data == NULL else job.dx.data
@@ -627,7 +636,7 @@ cdef void cut(Job *job) noexcept nogil:
                   and (job.adjoining or row_bytes >= LONG_RUN_BYTES
                        or (not job.planar and has_whole_lines(job, &job.y) and has_whole_lines(job, &job.dx)
                            and has_whole_lines(job, &job.dresidual))))
-    job.x_ahead = FORWARD_AHEAD if job.stream and job.reduce == NULL and job.dy.data == NULL else 0
+    job.ask_ahead = large and job.reduce == NULL and job.dy.data == NULL
 
 
 cdef inline int64_t aligned(int64_t size) noexcept nogil:

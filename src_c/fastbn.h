@@ -66,10 +66,11 @@ typedef struct fastbn_block {
     int64_t plane;
     int activation; /* row of activations.def */
     double negative_slope;
-    int training;    /* backward_apply: whether mean and variance depend on x */
-    int stream;      /* apply and backward_apply: store past the caches */
-    int64_t x_ahead; /* apply: asks for x so many bytes ahead; 0: a cache has it */
-    int next_too;    /* backward_apply, planar: ask for x and dy of as many channels that follow */
+    int training;  /* backward_apply: whether mean and variance depend on x */
+    int stream;    /* apply and backward_apply: store past the caches */
+    int ask_ahead; /* apply: x comes from memory, ask for it ahead */
+    /* planar: backward_apply, and sums beside an apply, ask for the same rows of as many channels that follow */
+    int next_too;
     /* Planar sums ask ahead for what is read next: so many rows from the first of this block on, then those of the next
      * channels, from then_row on, counted from the same row. */
     int64_t rows_ahead, then_row;
@@ -103,11 +104,14 @@ typedef struct fastbn_kernels {
     fastbn_kernel *apply_adjoining, *backward_apply_adjoining;
     /* Planar, both for the same rows and columns: the first kernel's work on one block, the second's on another. */
     fastbn_pair *apply_beside_stats, *backward_apply_beside_stats;
-    /* Likewise where the runs adjoin; at least 16 columns, so that 32 channels fill a part of a row. */
+    /* Likewise where the runs adjoin: at least 16 columns, and no more channels to sum than to map, so that a part of a
+     * row has its share of at most 32. */
     fastbn_pair *apply_adjoining_beside_stats;
     /* Round the coefficients of one channel into their planes, all or those of forward. */
     void (*round_coefficients)(const fastbn_coefficients *exact, int backward, void *coefficients, int64_t plane);
     void (*copy2d)(const fastbn_copy2d *);
+    /* The first value of each of so many planar channels. */
+    void (*first_values)(const fastbn_operand *x, int64_t channels, double *values);
 } fastbn_kernels;
 
 typedef struct fastbn_isa {

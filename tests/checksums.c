@@ -150,6 +150,7 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
 
     if (with_residual) b.residual = operand(residual, &b, planar, b.x.channel);
     b.y = operand(y, &b, planar, b.x.channel);
+    b.ask_ahead = rows > 2;
     if (masked) b.mask = operand(mask, &b, planar, mask_bytes);
     memset(mask, 0, masks);
     k->apply[planar](&b);
@@ -164,7 +165,7 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
     k->backward_stats[planar](&b);
     h[BACKWARD_STATS] = hash(h[BACKWARD_STATS], sums, k->sums * per_channel, wide);
     for (b.training = 0; b.training < 2; b.training++) {
-        b.next_too = b.training;
+        b.next_too = !b.training;
         k->backward_apply[planar](&b);
         h[BACKWARD_APPLY] = hash(h[BACKWARD_APPLY], dx, count, f);
         if (with_residual) h[BACKWARD_APPLY] = hash(h[BACKWARD_APPLY], dresidual, count, f);
@@ -174,6 +175,7 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
         other.x.data = dy;
         other.dy.data = x;
         other.channels = channels > NEIGHBOUR ? channels - NEIGHBOUR : channels;
+        other.next_too = rows > 2;
         k->backward_apply_beside_stats(&b, &other);
         h[BACKWARD_BESIDE] = hash(hash(h[BACKWARD_BESIDE], dx, count, f), sums, k->sums * per_channel, wide);
         if (masked) b.residual = operand(residual, &b, planar, b.x.channel);
@@ -221,7 +223,7 @@ int main(void)
                     }
                     fastbn_leave(saved);
                     for (int i = 0; i < KERNELS; i++) {
-                        if (i >= BESIDE && i <= BACKWARD_ADJOINING && !planar) continue;
+                        if (i >= BESIDE && i <= ADJOINING_BESIDE && !planar) continue;
                         printf("%s %s %s %s %s %016llx\n", fastbn_get_isa(isa)->name, fastbn_dtype_code(dtype),
                                planar ? "planar" : "interleaved", kernel_names[i], fastbn_activation_name(activation),
                                (unsigned long long)h[i]);

@@ -201,13 +201,14 @@ def test_bits_of_streamed_output(isa, dtype, threads, axis, shape):
 @each_dtype
 @each_isa
 @pytest.mark.parametrize("threads", [1, 3])
-@each_shape(  # long runs; short ones that adjoin: in one part of a row, in several, with a block of two rows, too short
-    [(12, 20, 30, 30), (21, 40, 14, 14), (70, 200, 4, 4), (85, 40, 7, 7), (60, 90, 3, 5)]
+@each_shape(  # long runs; adjoining ones, for several threads, of many values, with a block of two rows; too short ones
+    [(12, 20, 30, 30), (21, 130, 14, 14), (90, 20, 14, 14), (70, 700, 4, 4), (85, 40, 7, 7), (60, 90, 3, 5)]
 )
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_bits_of_large_arrays(isa, dtype, threads, shape, with_residual):
-    """Planar: channels are written while the next ones are read, or asked for."""
+    """Planar: channels are written while the next ones are read, or asked for; some sums are made again."""
     problem = make_problem(shape, dtype, with_residual=with_residual)
+    problem.x[0, ::3, 0, 0] = 1000
     for activation in ("relu", "identity"):
         with streaming(False):
             expected = run(problem, activation, ISAS[-1], 1)
@@ -229,11 +230,16 @@ def test_bits_of_large_arrays_without_sums(isa, dtype, axis, shape):
     options = {"axis": axis, "activation": "relu", "training": False, **moments}
     with streaming(False), fastbn.runtime.isa(ISAS[-1]), fastbn.threads(1):
         expected = fastbn.batchnorm(x, **options)
+        _, cache = fastbn.batchnorm_forward(x, residual=x, **options)
+        expected_dx = fastbn.batchnorm_backward(x, cache).dx
     for threads in (1, 3):
         for stream in (False, True):
             with streaming(stream), fastbn.runtime.isa(isa), fastbn.threads(threads):
                 y = fastbn.batchnorm(x, **options)
+                _, cache = fastbn.batchnorm_forward(x, residual=x, **options)
+                dx = fastbn.batchnorm_backward(x, cache).dx
             assert_same_bits(y, expected)
+            assert_same_bits(dx, expected_dx)
 
 
 @pytest.fixture(scope="module")
