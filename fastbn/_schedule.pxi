@@ -107,9 +107,11 @@ cdef enum:
     UNSPREAD_ROWS = 3
     # What reduce reads of a group from which on map does not find it in an L2 cache of half a megabyte.
     STAGGERED_BYTES = 300 << 10
-    # And up to which the next group's fits such a cache too, and may be asked for as a whole. Backward, which reads two
-    # arrays, then does nothing but ask.
+    # Up to which the next group's fits such a cache too: backward's map, which reads two arrays, asks for it instead of
+    # going beside its sums.
     NEXT_BYTES = 500 << 10
+    # Up to which a large cache keeps what sums beside forward's map ask for, a whole group ahead.
+    NEXT_BYTES_BESIDE = 2 << 20
     # Bytes of scratch that are kept for the next call.
     SPARE_BYTES = 4 << 20
 
@@ -618,12 +620,16 @@ cdef void cut(Job *job) noexcept nogil:
     # Too large for the caches together; earlier where more than two are read and written in short pieces, channel by
     # channel.
     large = total * arrays >= (job.stream_bytes // 4 * 3 if job.by_channel and arrays > 2 else job.stream_bytes)
+    # In the caches, six coefficients are not worth spreading for planes of some whole vectors.
+    if (job.dy.data != NULL and job.reduce != NULL and not large and job.inner >= UNSPREAD_COLUMNS
+            and job.inner % FASTBN_LANES == 0):
+        job.adjoining = False
     one_by_one = job.by_channel and job.map != NULL and not job.packed
     together = job.group * job.outer * run  # what reduce reads of a group
     if job.dy.data == NULL:
         job.staggered = (one_by_one and (large or together >= STAGGERED_BYTES)
                          and (run >= LONG_RUN_BYTES or (job.adjoining and job.inner >= FASTBN_LANES)))
-        job.next_too = job.staggered and together < NEXT_BYTES
+        job.next_too = job.staggered and together < NEXT_BYTES_BESIDE
     else:
         job.staggered = one_by_one and run >= LONG_RUN_BYTES and 2 * together >= NEXT_BYTES
         job.next_too = one_by_one and large and 2 * together < NEXT_BYTES
