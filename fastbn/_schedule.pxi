@@ -41,7 +41,8 @@ cdef struct Job:
     fastbn_kernel *reduce  # NULL: the statistics are given
     fastbn_kernel *map     # NULL: only the statistics are wanted
     fastbn_pair *map_beside_reduce  # planar: both at once, for different channels
-    fastbn_kernel *map_adjoining    # planar: short runs that adjoin as one
+    # planar: the same for short runs that adjoin, taken as one; `cut` puts them in place of the two
+    fastbn_kernel *map_adjoining
     fastbn_pair *map_adjoining_beside_reduce
     # arrays
     Array x, residual, dy, y, dx, dresidual
@@ -65,7 +66,6 @@ cdef struct Job:
     int64_t map_rows  # interleaved: map goes over whole rows, so many a unit
     int64_t map_units
     bint by_channel   # planar: all three steps for a group before the next
-    bint adjoining    # planar: map takes the runs of a group, which are short and adjoin, as one
     bint staggered    # and the map of a group beside the reduce of the next
     bint ask_ahead    # forward without sums: map reads memory
     bint next_too     # a group is small enough that what the reduce of the next will read is asked for with it
@@ -300,8 +300,6 @@ cdef void run_planar(Job *job, fastbn_kernel *kernel, int thread, int64_t channe
     cdef int64_t i
     if not job.packed:
         b = planar_block(job, channel, channels, block, mapping)
-        if mapping and job.adjoining:
-            kernel = job.map_adjoining
         kernel(&b)
         return
     for i in range(channel, channel + channels):
@@ -465,7 +463,7 @@ cdef void map_group(Job *job, int thread, int64_t channel, int64_t channels) noe
     place(job, &b, job.outer - 1, channel, 0, True)
     b.x.row, b.dy.row, b.residual.row = -b.x.row, -b.dy.row, -b.residual.row
     b.y.row, b.dx.row, b.dresidual.row, b.mask.row = -b.y.row, -b.dx.row, -b.dresidual.row, -b.mask.row
-    (job.map_adjoining if job.adjoining else job.map)(&b)
+    job.map(&b)
 
 
 cdef void whole_groups(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
@@ -486,7 +484,6 @@ cdef void staggered_groups(Job *job, int thread, int64_t first, int64_t last) no
     """The same, with the map of a group beside the reduce of the next: that is read while this one is written."""
     cdef int64_t group, channel, channels, block, i
     cdef fastbn_block mapped, reduced
-    cdef fastbn_pair *both = job.map_adjoining_beside_reduce if job.adjoining else job.map_beside_reduce
     for group in range(first, last):
         channel = group * job.group
         channels = min(job.group, job.channels - channel)
@@ -500,7 +497,7 @@ cdef void staggered_groups(Job *job, int thread, int64_t first, int64_t last) no
                 reduced.next_too = job.next_too
                 reduced.rows_ahead, reduced.then_row = reduced.rows, 0
                 mapped = planar_block(job, channel - job.group, job.group, block, True)
-                both(&mapped, &reduced)
+                job.map_beside_reduce(&mapped, &reduced)
             else:
                 run_planar(job, job.reduce, thread, channel, channels, block, False)
         finish_group(job, thread, channel, channels)
@@ -559,22 +556,22 @@ cdef bint balanced(int64_t channels, int threads) noexcept nogil:
 
 cdef void cut(Job *job) noexcept nogil:
     """Fix blocks and units. Nothing that cuts a sum depends on anything but the shape."""
-    cdef int64_t rows, values, unit, whole, arrays
+    cdef int64_t rows, values, unit, piece, whole, arrays
     cdef int64_t run = job.inner * job.kernels.itemsize, total = job.outer * job.channels * run, row_bytes, together
-    cdef bint large, one_by_one
+    cdef bint adjoining, large, one_by_one
     cdef const char *written
     job.fold = fold_of(job.planar, job.channels)
     job.width = job.fold * job.channels
     job.packed = (is_strided(job, &job.x) or is_strided(job, &job.residual) or is_strided(job, &job.dy)
                   or is_strided(job, &job.y) or is_strided(job, &job.dx) or is_strided(job, &job.dresidual))
-    job.adjoining = (job.planar and not job.packed and job.mask == NULL and run < LONG_RUN_BYTES
-                     and is_dense(job, &job.x) and is_dense(job, &job.residual) and is_dense(job, &job.dy)
-                     and is_dense(job, &job.y) and is_dense(job, &job.dx) and is_dense(job, &job.dresidual))
+    adjoining = (job.planar and not job.packed and job.mask == NULL and run < LONG_RUN_BYTES
+                 and is_dense(job, &job.x) and is_dense(job, &job.residual) and is_dense(job, &job.dy)
+                 and is_dense(job, &job.y) and is_dense(job, &job.dx) and is_dense(job, &job.dresidual))
     job.segments = 1
     job.segment = FASTBN_PLANAR_BLOCK
-    if job.reduce == NULL and not job.packed:  # no sums to cut: longer pieces, as many as keep all threads busy
-        values = min(PHASE_UNIT_BYTES, total // (job.threads * TASKS_PER_THREAD)) // job.kernels.itemsize
-        job.segment = max(1, values // FASTBN_PLANAR_BLOCK) * FASTBN_PLANAR_BLOCK
+    piece = min(PHASE_UNIT_BYTES, total // (job.threads * TASKS_PER_THREAD))  # without sums to cut
+    if job.reduce == NULL and not job.packed:
+        job.segment = max(1, piece // job.kernels.itemsize // FASTBN_PLANAR_BLOCK) * FASTBN_PLANAR_BLOCK
     job.by_channel = False
     if job.planar:
         if job.inner > job.segment:
@@ -588,20 +585,17 @@ cdef void cut(Job *job) noexcept nogil:
         unit = UNIT_BYTES if job.by_channel else PHASE_UNIT_BYTES
         job.group = max(1, min(unit // (values * job.kernels.itemsize), job.channels // job.threads))
         whole = FASTBN_LANES // gcd(job.inner, FASTBN_LANES)  # so many channels are whole lines of the cache
-        if job.adjoining and job.group > whole:
-            job.group -= job.group % whole
-        if job.adjoining and job.reduce == NULL:
-            unit = min(unit, total // (job.threads * TASKS_PER_THREAD))
-            rows = max(1, unit // (job.channels * run))
+        if adjoining and job.reduce == NULL:
+            rows = max(1, piece // (job.channels * run))
             if job.dy.data == NULL and job.inner >= UNSPREAD_COLUMNS:
                 rows = min(rows, UNSPREAD_ROWS)
             else:
                 rows = max(rows, SPREAD_ROWS)
             job.rows_per_block = min(rows, job.outer)
             job.blocks = ceil_div(job.outer, job.rows_per_block)
-            job.group = min(max(1, unit // (job.rows_per_block * run)), job.channels)
-            if job.group > whole:
-                job.group -= job.group % whole
+            job.group = min(max(1, piece // (job.rows_per_block * run)), job.channels)
+        if adjoining and job.group > whole:
+            job.group -= job.group % whole
         job.groups = ceil_div(job.channels, job.group)
     else:
         rows = job.outer // job.fold
@@ -623,12 +617,14 @@ cdef void cut(Job *job) noexcept nogil:
     # In the caches, six coefficients are not worth spreading for planes of some whole vectors.
     if (job.dy.data != NULL and job.reduce != NULL and not large and job.inner >= UNSPREAD_COLUMNS
             and job.inner % FASTBN_LANES == 0):
-        job.adjoining = False
+        adjoining = False
+    if adjoining:
+        job.map, job.map_beside_reduce = job.map_adjoining, job.map_adjoining_beside_reduce
     one_by_one = job.by_channel and job.map != NULL and not job.packed
     together = job.group * job.outer * run  # what reduce reads of a group
     if job.dy.data == NULL:
         job.staggered = (one_by_one and (large or together >= STAGGERED_BYTES)
-                         and (run >= LONG_RUN_BYTES or (job.adjoining and job.inner >= FASTBN_LANES)))
+                         and (run >= LONG_RUN_BYTES or (adjoining and job.inner >= FASTBN_LANES)))
         job.next_too = job.staggered and together < NEXT_BYTES_BESIDE
     else:
         job.staggered = one_by_one and run >= LONG_RUN_BYTES and 2 * together >= NEXT_BYTES
@@ -639,7 +635,7 @@ cdef void cut(Job *job) noexcept nogil:
     row_bytes = run if job.planar else job.width * job.kernels.itemsize
     job.stream = (written != NULL and written != job.x.data and written != job.residual.data and written != job.dy.data
                   and large
-                  and (job.adjoining or row_bytes >= LONG_RUN_BYTES
+                  and (adjoining or row_bytes >= LONG_RUN_BYTES
                        or (not job.planar and has_whole_lines(job, &job.y) and has_whole_lines(job, &job.dx)
                            and has_whole_lines(job, &job.dresidual))))
     job.ask_ahead = large and job.reduce == NULL and job.dy.data == NULL
