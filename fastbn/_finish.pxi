@@ -163,12 +163,13 @@ cdef inline fastbn_coefficients kept_normalizer(Job *job, int64_t channel) noexc
 
 
 cdef bint finish_forward(Job *job, int64_t channel, bint again) noexcept nogil:
-    """Mean, variance and coefficients. True if the sums must be redone with the mean as shift: the first value was too
-    far from it for sum(d^2) - sum(d)^2 / n to keep its digits (Chan, Golub and LeVeque 1983)."""
+    """Mean, variance and coefficients. True if the sums must be redone with the mean as shift: 0, or the first value,
+    was too far from it for sum(d^2) - sum(d)^2 / n to keep its digits (Chan, Golub and LeVeque 1983)."""
     cdef double count = <double>(job.outer * job.inner)
     cdef bint exact_sums = is_exact(job)
     cdef Pair total, squares, delta, mean, m2, var, rstd
     cdef fastbn_coefficients exact
+    cdef double shift
     cdef int64_t k
     if job.reduce != NULL:
         total, squares = add_blocks(job, channel, 0), add_blocks(job, channel, 1)
@@ -183,8 +184,10 @@ cdef bint finish_forward(Job *job, int64_t channel, bint again) noexcept nogil:
         job.statistics[STATISTICS_M2 * job.channels + channel] = m2.hi
         job.statistics[STATISTICS_VAR * job.channels + channel] = var.hi
         if not again and delta.hi * delta.hi > job.kernels.shift_limit * var.hi:
+            # From a float32, a float32 near it is subtracted exactly: constants have no variance.
+            shift = mean.hi if exact_sums else <float>mean.hi
             for k in range(job.fold):
-                job.x_shift[channel + k * job.channels] = mean.hi
+                job.x_shift[channel + k * job.channels] = shift
             return True
     else:
         mean = single(job.statistics[STATISTICS_MEAN * job.channels + channel])

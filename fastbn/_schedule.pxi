@@ -76,6 +76,7 @@ cdef struct Job:
     double *dy_first  # the first g of a channel
     char *coefficients
     char *redo        # a flag a channel
+    bint again        # reduce does only those
     bint packed       # some array is strided: blocks pass through `packing`
     char *packing     # a part for each thread
     int64_t packing_size
@@ -113,7 +114,7 @@ cdef enum:
     # Up to which a large cache keeps what sums beside forward's map ask for, a whole group ahead.
     NEXT_BYTES_BESIDE = 2 << 20
     # Bytes of scratch that are kept for the next call.
-    SPARE_BYTES = 4 << 20
+    SPARE_BYTES = 16 << 20
 
 
 cdef inline int64_t ceil_div(int64_t a, int64_t b) noexcept nogil:
@@ -334,9 +335,14 @@ include "_finish.pxi"
 # ----------------------------------------------------------------------------------------------------
 # workers: what a thread does with a range of units
 
+cdef inline bint shifts_by_first(Job *job) noexcept nogil:
+    """Whether sums have shifts, or know something, of the first value of a channel."""
+    return job.dy.data != NULL or is_exact(job)
+
+
 cdef void set_shift(Job *job, int64_t channel, double first) noexcept nogil:
-    """What is subtracted from x before summing: the first x, or (backward) what forward has found; `first` is the first
-    g there."""
+    """What is subtracted from x before summing: the first x (float64, which has no digits to spare), or (backward) what
+    forward has found; `first` is the first g there."""
     cdef double shift = finite(first)
     cdef int64_t k
     if job.dy.data != NULL:
@@ -348,11 +354,15 @@ cdef void set_shift(Job *job, int64_t channel, double first) noexcept nogil:
 
 cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
     """The shifts of a range of channels: their first values, or where an activation has a say, or interleaved, sums
-    over one value with shifts of 0."""
+    over one value with shifts of 0. Forward of narrower values needs none."""
     cdef fastbn_block b
     cdef fastbn_operand values
     cdef int64_t channel, k
     cdef fastbn_coefficients exact
+    if not shifts_by_first(job):
+        for k in range(job.fold):
+            memset(job.x_shift + first + k * job.channels, 0, (last - first) * sizeof(double))
+        return
     if job.dy.data != NULL and job.mask == NULL and job.activation != IDENTITY:  # the gate is found from x
         for channel in range(first, last):
             exact = kept_normalizer(job, channel)
@@ -386,17 +396,27 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
         set_shift(job, channel, job.sums[channel])
 
 
+cdef void clear_sums(Job *job, int64_t block, int64_t column, int64_t columns) noexcept nogil:
+    """Before a kernel that adds to them."""
+    cdef int64_t plane
+    for plane in range(job.kernels.sums):
+        memset(job.sums + (block * job.kernels.sums + plane) * job.width + column, 0, columns * sizeof(double))
+
+
 cdef void reduce_units(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
     """A unit is one block of one group."""
     cdef int64_t unit, block, row, column, channel, rows = job.outer // job.fold
     for unit in range(first, last):
+        channel = (unit // job.blocks if job.planar else unit % job.groups) * job.group
+        if job.again and not any_redo(job, channel, min(channel + job.group, job.channels)):
+            continue
         if job.planar:
-            channel = unit // job.blocks * job.group
             run_planar(job, job.reduce, thread, channel, min(job.group, job.channels - channel), unit % job.blocks,
                        False)
         else:
-            block, column = unit // job.groups, unit % job.groups * job.group
+            block, column = unit // job.groups, channel
             row = block * FASTBN_INTERLEAVED_BLOCK
+            clear_sums(job, block, column, min(job.group, job.width - column))
             if row >= rows:
                 run_interleaved(job, job.reduce, thread, block, rows, rows + 1, 0, 0, False)
             else:
@@ -576,6 +596,7 @@ cdef void cut(Job *job) noexcept nogil:
     if job.planar:
         if job.inner > job.segment:
             job.segments = ceil_div(job.inner, job.segment)
+        if job.segments > 1 or (job.reduce == NULL and not job.packed):  # without sums, in the order of memory
             job.rows_per_block = 1
         else:
             job.rows_per_block = min(job.outer, max(1, FASTBN_PLANAR_BLOCK // job.inner))
@@ -611,9 +632,8 @@ cdef void cut(Job *job) noexcept nogil:
         job.map_units = ceil_div(rows, job.map_rows) + (rows * job.fold < job.outer)
     arrays = (1 + (job.residual.data != NULL) + (job.dy.data != NULL) + (job.y.data != NULL) + (job.dx.data != NULL)
               + (job.dresidual.data != NULL))
-    # Too large for the caches together; earlier where more than two are read and written in short pieces, channel by
-    # channel.
-    large = total * arrays >= (job.stream_bytes // 4 * 3 if job.by_channel and arrays > 2 else job.stream_bytes)
+    # Too large for the caches together; earlier where they are read and written in short pieces, channel by channel.
+    large = total * arrays >= (job.stream_bytes // 4 * 3 if job.by_channel else job.stream_bytes)
     # In the caches, six coefficients are not worth spreading for planes of some whole vectors.
     if (job.dy.data != NULL and job.reduce != NULL and not large and job.inner >= UNSPREAD_COLUMNS
             and job.inner % FASTBN_LANES == 0):
@@ -673,20 +693,16 @@ cdef int64_t sums_size(Job *job) noexcept nogil:
     return job.kernels.sums * job.blocks * job.width * sizeof(double)
 
 
-cdef void reduce_phase(Job *job) noexcept nogil:
-    if not job.planar:  # these kernels add
-        memset(job.sums, 0, sums_size(job))
-    phase(job, reduce_units, job.units, job.threads, False)
-
-
 cdef void run_in_phases(Job *job) noexcept nogil:
     cdef int finishers = 1 if job.blocks * job.width < SERIAL_SUMS else job.threads
+    job.again = False
     if job.reduce != NULL:
-        phase(job, shift_channels, job.channels, finishers if job.planar else 1, False)
-        reduce_phase(job)
+        phase(job, shift_channels, job.channels, finishers if job.planar and shifts_by_first(job) else 1, False)
+        phase(job, reduce_units, job.units, job.threads, False)
     phase(job, finish_channels, job.channels, finishers, False)
     if job.reduce != NULL and any_redo(job, 0, job.channels):
-        reduce_phase(job)  # channels that keep their shift get the same sums again
+        job.again = True
+        phase(job, reduce_units, job.units, job.threads, False)
         phase(job, finish_redone, job.channels, finishers, False)
     if job.map != NULL and not (job.finite_first and not all_finite(job)):
         phase(job, map_units, job.map_units, job.threads, True)

@@ -136,8 +136,8 @@ def set_stream_bytes(nbytes: int | None) -> None:
     """Store results past the caches, where their rows allow it, if the arrays of a call have so many bytes together.
 
     Those are the arrays of the size of x, read or written: x, y and a residual forward; x, dy, dx and what a residual
-    adds backward. Where those are more than two, and channels are taken one after the other (NCHW, training and
-    backward, with channels enough for all threads), three quarters of `nbytes` are enough.
+    adds backward. Where channels are taken one after the other (NCHW, training and backward, with channels enough for
+    all threads), three quarters of `nbytes` are enough.
 
     Parameters
     ----------

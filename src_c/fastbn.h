@@ -14,10 +14,10 @@
 #include <stdint.h>
 
 /* What cuts a partial sum is fixed here and nowhere else: changing one of these changes the bits of results. A sum in
- * one variable takes at most block / lanes additions. */
+ * one variable takes block / lanes additions, or one for each of a block's rows that are shorter than the lanes. */
 enum {
     FASTBN_LANES = 16,              /* planar: column j of a row adds to lane j % 16 */
-    FASTBN_PLANAR_BLOCK = 4096,     /* planar: at most this many values before the lanes are closed */
+    FASTBN_PLANAR_BLOCK = 16384,    /* planar: at most this many values before the lanes are closed */
     FASTBN_INTERLEAVED_BLOCK = 512, /* interleaved: rows before the sums of a column are closed */
     FASTBN_FOLD_BELOW = 64,         /* interleaved: rows of fewer channels are folded to whole vectors of lanes */
 };
@@ -102,10 +102,11 @@ typedef struct fastbn_kernels {
     fastbn_kernel *backward_apply[2]; /* dx (and dresidual) from x, dy, coefficients, mask */
     /* Planar, where the runs of neighbouring channels adjoin, and without a mask. */
     fastbn_kernel *apply_adjoining, *backward_apply_adjoining;
-    /* Planar, both for the same rows and columns: the first kernel's work on one block, the second's on another. */
+    /* Planar, both for the same rows and columns: the first kernel's work on one block, the second's on another, of no
+     * more channels. */
     fastbn_pair *apply_beside_stats, *backward_apply_beside_stats;
-    /* Likewise where the runs adjoin: at least 16 columns, and no more channels to sum than to map, so that a part of a
-     * row has its share of at most 32. */
+    /* Likewise where the runs adjoin: at least 16 columns, so that a part of a row has its share of at most 32 channels
+     * to sum. */
     fastbn_pair *apply_adjoining_beside_stats;
     /* Round the coefficients of one channel into their planes, all or those of forward. */
     void (*round_coefficients)(const fastbn_coefficients *exact, int backward, void *coefficients, int64_t plane);

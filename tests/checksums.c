@@ -11,9 +11,9 @@
 
 enum { MAX_VALUES = 1 << 15, MAX_ROWS = 9, MAX_CHANNELS = 35, NEIGHBOUR = 2 };
 
-// tails of every vector, whole groups, and more than a piece of two blocks side by side
-static const int widths[] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17,
-                             18, 19, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65, 66, 79, 100};
+// tails of every vector, whole groups, and more than one and two pieces that a map and sums take in turns
+static const int widths[] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,  16,  17, 18,
+                             19, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65, 66, 271, 100, 144};
 
 typedef struct format {
     int bytes, mantissa, bias;

@@ -102,7 +102,7 @@ THOROUGH = {
     "test_bits.py::test_bits_of_streamed_output": 48,
     "test_bits.py::test_bits_in_place_and_repeated": 4,
     "test_bits.py::test_bits_of_a_view_are_those_of_its_copy": 80,
-    "test_forward.py::test_an_outlier_as_first_value_does_not_spoil_the_variance": 6,
+    "test_forward.py::test_a_shift_far_from_the_mean_does_not_spoil_the_variance": 6,
     "test_properties.py::test_property_scale_by_a_power_of_two_changes_no_bit": 1,
 }
 LAST = {  # long ones: with --again only

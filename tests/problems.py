@@ -42,7 +42,7 @@ SHAPES: tuple[Shape, ...] = (
     (16, 1, 5, 5),
     (2, 3, 2, 3, 5),
     (1, 2, 3, 16, 17),
-    (2, 2, 64, 65),  # more than one block of a planar sum
+    (1, 2, 128, 129),  # more than one block of a planar sum
     (4099, 3),  # more than one block of an interleaved sum
 )
 

@@ -34,7 +34,7 @@ ROUNDS = 17 if LONG else 1  # each with other data and other cases
 RUNS = (1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)
 EXACT_SHAPES = [shape for shape in SHAPES if math.prod(shape) > shape[1]]
 EXACT_SHAPES += [(3, 2, run) for run in RUNS] + [(5, channels) for channels in RUNS]
-EXACT_SHAPES += [(1, 2, 4095), (1, 2, 4097), (1, 1, 1025), (511, 3), (513, 2), (65, 64), (2, 129, 2, 3, 1)]
+EXACT_SHAPES += [(1, 2, 16383), (1, 2, 16385), (1, 1, 1025), (511, 3), (513, 2), (65, 64), (2, 129, 2, 3, 1)]
 
 # The slope 1/4 rounds nothing.
 EXACT_SLOPE = {name: ("leaky_relu", 0.25) if name == "leaky_relu" else name for name in ACTIVATIONS}

@@ -43,8 +43,8 @@ def test_kernels_compute_in_full_registers(functions, isa, dtype, kernel):
     for operation in ("sub", "add", "mul") if "backward_apply" not in kernel else ("sub", "mul"):
         pattern = rf"\bv?{operation}p{suffix}\s.*{register}" if isa != "neon" else rf"\bf{operation}\s+{register}"
         assert re.search(pattern, body), f"no packed {operation} on {register}"
-    if suffix == "s" and isa != "baseline":
-        pattern = rf"\bvfmadd\d+ps\s.*{register}" if isa != "neon" else rf"\bfmla\s+{register}"
+    if dtype != "float64" and isa != "baseline":
+        pattern = rf"\bvfmadd\d+p{suffix}\s.*{register}" if isa != "neon" else rf"\bfmla\s+{register}"
         assert re.search(pattern, body), f"no packed multiply-add on {register}"
 
 
