@@ -67,7 +67,8 @@ cdef struct Job:
     int64_t map_units
     bint by_channel   # planar: all three steps for a group before the next
     bint staggered    # and the map of a group beside the reduce of the next
-    bint ask_ahead    # forward without sums: map reads memory
+    bint map_asks     # forward without sums: map reads memory, and asks for it ahead
+    bint reduce_asks  # planar: reduce reads what the caches may not have any more, and asks for it ahead
     bint next_too     # a group is small enough that what the reduce of the next will read is asked for with it
     # scratch, one allocation
     char *taken  # tasks of each thread's part that have been taken, a line of the cache each
@@ -92,8 +93,9 @@ cdef enum:
     GROUP_COLUMNS = 1024
     LEAST_COLUMNS = 128
     # Bytes of x in a unit of planar channels. All three steps: with y (or dy and dx) it fits an L2 cache of a
-    # megabyte. One step: long pieces of memory, enough units for all threads.
-    UNIT_BYTES = 192 << 10
+    # megabyte; from memory a little less pays. One step: long pieces of memory, enough units for all threads.
+    UNIT_BYTES = 224 << 10
+    LARGE_UNIT_BYTES = 192 << 10
     PHASE_UNIT_BYTES = 512 << 10
     # Ranges of units that a thread gets on average: enough to even out, few enough to cost nothing.
     TASKS_PER_THREAD = 4
@@ -111,8 +113,6 @@ cdef enum:
     # Up to which the next group's fits such a cache too: backward's map, which reads two arrays, asks for it instead of
     # going beside its sums.
     NEXT_BYTES = 500 << 10
-    # Up to which a large cache keeps what sums beside forward's map ask for, a whole group ahead.
-    NEXT_BYTES_BESIDE = 2 << 20
     # Bytes of scratch that are kept for the next call.
     SPARE_BYTES = 16 << 20
 
@@ -222,7 +222,7 @@ cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t
     b.negative_slope = job.negative_slope
     b.training = job.training
     b.stream = job.stream
-    b.ask_ahead = mapping and job.ask_ahead
+    b.ask_ahead = job.map_asks if mapping else job.reduce_asks
     b.next_too = mapping and job.next_too
     b.plane = job.width
     b.coefficients = job.coefficients + channel * job.kernels.coefficient_size
@@ -592,7 +592,12 @@ cdef void cut(Job *job) noexcept nogil:
     piece = min(PHASE_UNIT_BYTES, total // (job.threads * TASKS_PER_THREAD))  # without sums to cut
     if job.reduce == NULL and not job.packed:
         job.segment = max(1, piece // job.kernels.itemsize // FASTBN_PLANAR_BLOCK) * FASTBN_PLANAR_BLOCK
-    job.by_channel = False
+    job.by_channel = (job.planar and job.reduce != NULL and not job.finite_first
+                      and balanced(job.channels, job.threads))
+    arrays = (1 + (job.residual.data != NULL) + (job.dy.data != NULL) + (job.y.data != NULL) + (job.dx.data != NULL)
+              + (job.dresidual.data != NULL))
+    # Too large for the caches together; earlier where they are read and written in short pieces, channel by channel.
+    large = total * arrays >= (job.stream_bytes // 4 * 3 if job.by_channel else job.stream_bytes)
     if job.planar:
         if job.inner > job.segment:
             job.segments = ceil_div(job.inner, job.segment)
@@ -601,9 +606,8 @@ cdef void cut(Job *job) noexcept nogil:
         else:
             job.rows_per_block = min(job.outer, max(1, FASTBN_PLANAR_BLOCK // job.inner))
         job.blocks = job.segments * ceil_div(job.outer, job.rows_per_block)
-        job.by_channel = job.reduce != NULL and not job.finite_first and balanced(job.channels, job.threads)
         values = job.outer * job.inner if job.by_channel else job.rows_per_block * min(job.inner, job.segment)
-        unit = UNIT_BYTES if job.by_channel else PHASE_UNIT_BYTES
+        unit = PHASE_UNIT_BYTES if not job.by_channel else LARGE_UNIT_BYTES if large else UNIT_BYTES
         job.group = max(1, min(unit // (values * job.kernels.itemsize), job.channels // job.threads))
         whole = FASTBN_LANES // gcd(job.inner, FASTBN_LANES)  # so many channels are whole lines of the cache
         if adjoining and job.reduce == NULL:
@@ -630,10 +634,6 @@ cdef void cut(Job *job) noexcept nogil:
     if not job.planar:
         job.map_rows = max(1, UNIT_BYTES // (job.width * job.kernels.itemsize))
         job.map_units = ceil_div(rows, job.map_rows) + (rows * job.fold < job.outer)
-    arrays = (1 + (job.residual.data != NULL) + (job.dy.data != NULL) + (job.y.data != NULL) + (job.dx.data != NULL)
-              + (job.dresidual.data != NULL))
-    # Too large for the caches together; earlier where they are read and written in short pieces, channel by channel.
-    large = total * arrays >= (job.stream_bytes // 4 * 3 if job.by_channel else job.stream_bytes)
     # In the caches, six coefficients are not worth spreading for planes of some whole vectors.
     if (job.dy.data != NULL and job.reduce != NULL and not large and job.inner >= UNSPREAD_COLUMNS
             and job.inner % FASTBN_LANES == 0):
@@ -645,7 +645,7 @@ cdef void cut(Job *job) noexcept nogil:
     if job.dy.data == NULL:
         job.staggered = (one_by_one and (large or together >= STAGGERED_BYTES)
                          and (run >= LONG_RUN_BYTES or (adjoining and job.inner >= FASTBN_LANES)))
-        job.next_too = job.staggered and together < NEXT_BYTES_BESIDE
+        job.next_too = job.staggered and together < STAGGERED_BYTES
     else:
         job.staggered = one_by_one and run >= LONG_RUN_BYTES and 2 * together >= NEXT_BYTES
         job.next_too = one_by_one and large and 2 * together < NEXT_BYTES
@@ -658,7 +658,8 @@ cdef void cut(Job *job) noexcept nogil:
                   and (adjoining or row_bytes >= LONG_RUN_BYTES
                        or (not job.planar and has_whole_lines(job, &job.y) and has_whole_lines(job, &job.dx)
                            and has_whole_lines(job, &job.dresidual))))
-    job.ask_ahead = large and job.reduce == NULL and job.dy.data == NULL
+    job.map_asks = large and job.reduce == NULL and job.dy.data == NULL
+    job.reduce_asks = large
 
 
 cdef inline int64_t aligned(int64_t size) noexcept nogil:
