@@ -92,8 +92,9 @@ cdef enum:
     # as many as are whole lines of the cache.
     GROUP_COLUMNS = 1024
     LEAST_COLUMNS = 128
-    # Bytes of x in a unit of planar channels. All three steps: with y (or dy and dx) it fits an L2 cache of a
-    # megabyte; from memory a little less pays. One step: long pieces of memory, enough units for all threads.
+    # Bytes of x in a unit of planar channels, and of an interleaved map. All three steps: with y (or dy and dx) it fits
+    # an L2 cache of a megabyte; from memory a little less pays. One step: long pieces of memory, enough units for all
+    # threads.
     UNIT_BYTES = 224 << 10
     LARGE_UNIT_BYTES = 192 << 10
     PHASE_UNIT_BYTES = 512 << 10
@@ -108,11 +109,15 @@ cdef enum:
     SPREAD_ROWS = 16
     UNSPREAD_COLUMNS = 8 * FASTBN_LANES
     UNSPREAD_ROWS = 3
-    # What reduce reads of a group from which on map does not find it in an L2 cache of half a megabyte.
+    # What reduce reads of a group from which on map does not find it in an L2 cache of half a megabyte; and up to which
+    # sums beside forward's map ask a whole group ahead.
     STAGGERED_BYTES = 300 << 10
     # Up to which the next group's fits such a cache too: backward's map, which reads two arrays, asks for it instead of
     # going beside its sums.
     NEXT_BYTES = 500 << 10
+    # Bytes of all arrays of a call from which planar sums ask ahead for what they read: about half of an L3 cache of 32
+    # MiB. In the caches, asking takes a fifth of the time of the sums.
+    ASK_BYTES = 16 << 20
     # Bytes of scratch that are kept for the next call.
     SPARE_BYTES = 16 << 20
 
@@ -513,7 +518,8 @@ cdef void staggered_groups(Job *job, int thread, int64_t first, int64_t last) no
             block = job.blocks - 1 - i if (group - first) % 2 else i
             if group > first:
                 reduced = planar_block(job, channel, channels, block, False)
-                # Between the stores of map, asking for the same rows of the next channels pays more than for the next.
+                # Between the stores of map, asking for the same rows of the next channels pays more than for the next
+                # rows.
                 reduced.next_too = job.next_too
                 reduced.rows_ahead, reduced.then_row = reduced.rows, 0
                 mapped = planar_block(job, channel - job.group, job.group, block, True)
@@ -576,7 +582,7 @@ cdef bint balanced(int64_t channels, int threads) noexcept nogil:
 
 cdef void cut(Job *job) noexcept nogil:
     """Fix blocks and units. Nothing that cuts a sum depends on anything but the shape."""
-    cdef int64_t rows, values, unit, piece, whole, arrays
+    cdef int64_t rows, values, unit, piece, whole, arrays, all_bytes
     cdef int64_t run = job.inner * job.kernels.itemsize, total = job.outer * job.channels * run, row_bytes, together
     cdef bint adjoining, large, one_by_one
     cdef const char *written
@@ -596,8 +602,9 @@ cdef void cut(Job *job) noexcept nogil:
                       and balanced(job.channels, job.threads))
     arrays = (1 + (job.residual.data != NULL) + (job.dy.data != NULL) + (job.y.data != NULL) + (job.dx.data != NULL)
               + (job.dresidual.data != NULL))
+    all_bytes = total * arrays
     # Too large for the caches together; earlier where they are read and written in short pieces, channel by channel.
-    large = total * arrays >= (job.stream_bytes // 4 * 3 if job.by_channel else job.stream_bytes)
+    large = all_bytes >= (job.stream_bytes // 4 * 3 if job.by_channel else job.stream_bytes)
     if job.planar:
         if job.inner > job.segment:
             job.segments = ceil_div(job.inner, job.segment)
@@ -607,7 +614,7 @@ cdef void cut(Job *job) noexcept nogil:
             job.rows_per_block = min(job.outer, max(1, FASTBN_PLANAR_BLOCK // job.inner))
         job.blocks = job.segments * ceil_div(job.outer, job.rows_per_block)
         values = job.outer * job.inner if job.by_channel else job.rows_per_block * min(job.inner, job.segment)
-        unit = PHASE_UNIT_BYTES if not job.by_channel else LARGE_UNIT_BYTES if large else UNIT_BYTES
+        unit = (LARGE_UNIT_BYTES if large else UNIT_BYTES) if job.by_channel else PHASE_UNIT_BYTES
         job.group = max(1, min(unit // (values * job.kernels.itemsize), job.channels // job.threads))
         whole = FASTBN_LANES // gcd(job.inner, FASTBN_LANES)  # so many channels are whole lines of the cache
         if adjoining and job.reduce == NULL:
@@ -659,7 +666,7 @@ cdef void cut(Job *job) noexcept nogil:
                        or (not job.planar and has_whole_lines(job, &job.y) and has_whole_lines(job, &job.dx)
                            and has_whole_lines(job, &job.dresidual))))
     job.map_asks = large and job.reduce == NULL and job.dy.data == NULL
-    job.reduce_asks = large
+    job.reduce_asks = all_bytes >= ASK_BYTES
 
 
 cdef inline int64_t aligned(int64_t size) noexcept nogil:

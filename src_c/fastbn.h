@@ -68,10 +68,10 @@ typedef struct fastbn_block {
     double negative_slope;
     int training;  /* backward_apply: whether mean and variance depend on x */
     int stream;    /* apply and backward_apply: store past the caches */
-    int ask_ahead; /* apply, and planar sums: what is read comes from memory, ask for it ahead */
+    int ask_ahead; /* apply, and planar sums but for those beside a map's rows: x (dy) comes from memory, ask ahead */
     /* planar: backward_apply, and sums beside an apply, ask for the same rows of as many channels that follow */
     int next_too;
-    /* Planar sums ask ahead for what is read next: so many rows from the first of this block on, then those of the next
+    /* Planar sums ask for what is read next: so many rows from the first of this block on, then those of the next
      * channels, from then_row on, counted from the same row. */
     int64_t rows_ahead, then_row;
 } fastbn_block;

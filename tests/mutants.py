@@ -70,6 +70,7 @@ QUICK = {
 THOROUGH = {
     "test_bits.py::test_bits_of_a_drawn_call": 60,
     "test_bits.py::test_bits_of_hostile_data": 16,
+    "test_bits.py::test_bits_of_large_arrays": 16,
     "test_forward.py::test_nan_and_infinity_through_activations": 144,
     "test_forward.py::test_results_are_rounded_to_nearest_even": 16,
     "test_forward.py::test_product_and_offset_are_rounded_once": 4,
@@ -125,7 +126,7 @@ TWINS = (
     "total squares, x dy, x residual, y dx, dx dresidual, source destination, map reduce, SCALE "
     "OFFSET, scale offset, delta square, dgamma dbeta, gamma beta, units map_units, group groups, fold channels, "
     "width channels, mean var, applied summed, count columns, scale beta, where_open where_shut, low high, yes no, "
-    "least greatest, sum_g sum_gd, b next"
+    "least greatest, sum_g sum_gd, b next, map_asks reduce_asks"
 )
 PAIRS = [tuple(pair.split()) for pair in TWINS.split(",")]
 
@@ -169,7 +170,7 @@ PATTERNS: list[tuple[str, str, str]] = [
     ("constant", r"(?<![\w.])(?:0x[0-9a-f]+|\d+)u?(?![\w.])", "{+1}"),
     ("constant", r"(?<![\w.])(?:0x[0-9a-f]+|[1-9]\d*)u?(?![\w.])", "{-1}"),
     ("constant", r"(?<![\w.])\d+\.\d+(?![\w.])", r"(2 * \g<0>)"),
-    ("lane", r"\[k\]", "[0]"),
+    ("lane", r"\[[ik]\]", "[0]"),
     ("lane", r"\bk \* ", ""),
     ("lane", r"\b(FASTBN_LANES|F\((?:WIDTH|WIDE_TILE|PARTS)\)|LANE_VECTORS|TILE_VECTORS|TILE)(?!\w)", r"(\1 / 2)"),
     ("lane", r"\bWIDTH_f64\b", "WIDTH_f32"),

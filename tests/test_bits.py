@@ -201,8 +201,10 @@ def test_bits_of_streamed_output(isa, dtype, threads, axis, shape):
 @each_dtype
 @each_isa
 @pytest.mark.parametrize("threads", [1, 3])
-@each_shape(  # long runs; adjoining ones, for several threads, of many values, with a block of two rows; too short ones
-    [(40, 20, 30, 30), (21, 130, 14, 14), (90, 20, 14, 14), (70, 700, 4, 4), (336, 40, 7, 7), (60, 90, 3, 5)]
+# long runs; adjoining ones, for several threads, of many values, with a block of two rows; too short ones
+@each_shape(
+    [(40, 20, 30, 30), (24, 6, 46, 47)]
+    + [(21, 130, 14, 14), (90, 20, 14, 14), (70, 700, 4, 4), (336, 40, 7, 7), (60, 90, 3, 5)]
 )
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_bits_of_large_arrays(isa, dtype, threads, shape, with_residual):

@@ -35,7 +35,7 @@ class Guarded:
 
 def shapes(tail: int) -> dict[str, tuple[int, ...]]:
     """Planar runs and interleaved rows of this length."""
-    return {"planar": (3, 2, tail), "interleaved": (35, tail)}  # 35: whole folded rows, and a rest
+    return {"planar": (3, 3, tail), "interleaved": (35, tail)}  # 35: whole folded rows, and a rest
 
 
 @pytest.mark.parametrize("at_end", [True, False], ids=["before-page", "behind-page"])
