@@ -357,6 +357,13 @@ cdef void set_shift(Job *job, int64_t channel, double first) noexcept nogil:
         job.x_shift[channel + k * job.channels] = shift
 
 
+cdef void clear_sums(Job *job, int64_t block, int64_t column, int64_t columns) noexcept nogil:
+    """Before a kernel that adds to them."""
+    cdef int64_t plane
+    for plane in range(job.kernels.sums):
+        memset(job.sums + (block * job.kernels.sums + plane) * job.width + column, 0, columns * sizeof(double))
+
+
 cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
     """The shifts of a range of channels: their first values, or where an activation has a say, or interleaved, sums
     over one value with shifts of 0. Forward of narrower values needs none."""
@@ -364,9 +371,9 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
     cdef fastbn_operand values
     cdef int64_t channel, k
     cdef fastbn_coefficients exact
+    for k in range(job.fold):
+        memset(job.x_shift + first + k * job.channels, 0, (last - first) * sizeof(double))
     if not shifts_by_first(job):
-        for k in range(job.fold):
-            memset(job.x_shift + first + k * job.channels, 0, (last - first) * sizeof(double))
         return
     if job.dy.data != NULL and job.mask == NULL and job.activation != IDENTITY:  # the gate is found from x
         for channel in range(first, last):
@@ -376,7 +383,6 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
         values = locate(&job.x if job.dy.data == NULL else &job.dy, 0, first, 0, 1)
         job.kernels.first_values(&values, last - first, job.sums + first)
     elif job.planar:
-        memset(job.x_shift + first, 0, (last - first) * sizeof(double))
         b.rows = b.columns = b.rows_ahead = 1
         b.then_row = 0
         b.channels = last - first
@@ -384,8 +390,7 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
         b.sums = job.sums + first
         job.reduce(&b)
     else:
-        memset(job.x_shift + first, 0, (last - first) * sizeof(double))
-        memset(job.sums, 0, job.kernels.sums * job.width * sizeof(double))
+        clear_sums(job, 0, 0, job.width)
         channel = 0
         while channel < job.channels:  # whole groups: a mask has no address for a single channel
             b.rows = 1
@@ -399,13 +404,6 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
             channel += b.columns
     for channel in range(first, last):
         set_shift(job, channel, job.sums[channel])
-
-
-cdef void clear_sums(Job *job, int64_t block, int64_t column, int64_t columns) noexcept nogil:
-    """Before a kernel that adds to them."""
-    cdef int64_t plane
-    for plane in range(job.kernels.sums):
-        memset(job.sums + (block * job.kernels.sums + plane) * job.width + column, 0, columns * sizeof(double))
 
 
 cdef void reduce_units(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
