@@ -298,8 +298,6 @@ def _running(name: str, value: Any, channels: int, update: bool) -> Array:
 
 def vectors(gamma: Any, beta: Any, running_mean: Any, running_var: Any, channels: int, update: bool) -> Vectors:
     """The arrays of a value for each channel, of any float dtype; None stays None."""
-    if _core.are_plain_vectors((gamma, beta, running_mean, running_var), channels):  # what almost all callers have
-        return gamma, beta, running_mean, running_var
     return (
         None if gamma is None else parameter("gamma", gamma, channels),
         None if beta is None else parameter("beta", beta, channels),

@@ -119,13 +119,26 @@ def backward(
     `statistics` are what forward has returned.
     """
 
-def are_plain_vectors(vectors: tuple[Any, ...], channels: int) -> bool:
-    """Whether all but None are vectors that pass every check: ndarrays of float32 or float64 that can be written."""
-
 def spans_overlap(written: tuple[_Array, ...], others: tuple[_Array | None, ...]) -> bool:
     """Whether the memory from first to last byte of a written array meets that of any other, of either group.
 
     The elements between may still be apart (`numpy.shares_memory`). An empty array has no memory.
+    """
+
+def are_ordinary(
+    x: _Array,
+    companion: Any,
+    out: Any,
+    in_place: Any,
+    channels: int,
+    vectors: tuple[Any, ...],
+    update: bool,
+) -> bool:
+    """Whether the arrays of a call pass every check without a closer look.
+
+    `companion` and `out` are plain ndarrays with the dtype, shape and strides of x, the vectors (gamma, beta, running
+    mean and variance) of float32 or float64 that can be written, and what is written (`out`; if `update`, the running
+    vectors) meets nothing else; but `out` may be `in_place`. None is always right. x itself has a dense view.
     """
 
 def description(array: _Array, axis: int) -> bytes:

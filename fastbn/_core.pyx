@@ -411,15 +411,6 @@ def backward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x,
 # ----------------------------------------------------------------------------------------------------
 # questions about arrays that every call asks
 
-def are_plain_vectors(tuple vectors, int64_t channels):
-    for vector in vectors:
-        if vector is not None and not (
-                cnp.PyArray_CheckExact(vector) and cnp.PyArray_NDIM(vector) == 1
-                and cnp.PyArray_DIM(vector, 0) == channels and is_direct(vector) and cnp.PyArray_ISWRITEABLE(vector)):
-            return False
-    return True
-
-
 def description(cnp.ndarray array, int axis):
     cdef int64_t words[2 * cnp.NPY_MAXDIMS + 2]
     cdef int i, rank = cnp.PyArray_NDIM(array)
@@ -464,6 +455,51 @@ def spans_overlap(tuple written, tuple others):
             if other is not None and meet(written[i], other):
                 return True
     return False
+
+
+cdef bint is_like(cnp.ndarray x, other, bint written):
+    """Whether it is None or a plain array with the dtype, shape and strides of x."""
+    cdef int axis
+    if other is None:
+        return True
+    if not cnp.PyArray_CheckExact(other):
+        return False
+    cdef cnp.ndarray array = <cnp.ndarray>other
+    if (cnp.PyArray_TYPE(array) != cnp.PyArray_TYPE(x) or cnp.PyArray_NDIM(array) != cnp.PyArray_NDIM(x)
+            or not cnp.PyArray_ISBEHAVED_RO(array) or (written and not cnp.PyArray_ISWRITEABLE(array))):
+        return False
+    for axis in range(cnp.PyArray_NDIM(x)):
+        if (cnp.PyArray_DIM(array, axis) != cnp.PyArray_DIM(x, axis)
+                or cnp.PyArray_STRIDE(array, axis) != cnp.PyArray_STRIDE(x, axis)):
+            return False
+    return True
+
+
+cdef bint meets_any(cnp.ndarray written, tuple others, in_place):
+    """Whether it shares memory with one of them, other than by being `in_place`."""
+    for other in others:
+        if other is not None and not (other is written and other is in_place) and meet(written, other):
+            return True
+    return False
+
+
+cdef bint is_plain_vector(vector, int64_t channels):
+    if vector is None:
+        return True
+    return (cnp.PyArray_CheckExact(vector) and cnp.PyArray_NDIM(vector) == 1
+            and cnp.PyArray_DIM(vector, 0) == channels and is_direct(vector) and cnp.PyArray_ISWRITEABLE(vector))
+
+
+def are_ordinary(cnp.ndarray x, companion, out, in_place, int64_t channels, tuple vectors, bint update):
+    for vector in vectors:
+        if not is_plain_vector(vector, channels):
+            return False
+    if not is_like(x, companion, False) or not is_like(x, out, True):
+        return False
+    if update and (meet(vectors[2], vectors[3]) or meets_any(vectors[2], (x, companion), None)
+                   or meets_any(vectors[3], (x, companion), None)):
+        return False
+    return out is None or not meets_any(out, (x, companion, *vectors[2:]), in_place)
 
 
 def copy(int isa, int threads, destination, source, bint stream):

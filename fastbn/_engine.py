@@ -14,6 +14,7 @@ from .errors import ArgumentError
 
 Array: TypeAlias = npt.NDArray[Any]
 Float64Array: TypeAlias = npt.NDArray[np.float64]
+Operand: TypeAlias = tuple[Array, tuple[int, int, int]]  # an array and its strides as the kernels see it
 
 _UINT8 = np.dtype(np.uint8)
 _IDENTITY = runtime.ACTIVATION_INDEX["identity"]
@@ -159,8 +160,8 @@ def source(x: Any, options: Options) -> Any:
 
 def forward(
     x: Any,
-    gamma: npt.ArrayLike | None,
-    beta: npt.ArrayLike | None,
+    gamma: Any,
+    beta: Any,
     axis: int,
     keep: bool,
     given: Options,
@@ -188,39 +189,29 @@ def forward(
     dtype, channels, per_channel, view = _layout.plan(x, axis)
     if dtype is None:
         dtype = _check.supported_dtype("x", x.dtype)
-    if training:
+    if training and per_channel == 1:
         _check.several_values(x.shape, per_channel)
-    gamma, beta, mean, var = _check.vectors(gamma, beta, mean, var, channels, update)
-    added = None if residual is None else _check.companion("residual", residual, x)
-    keep_added = keep and added is not None and act[0] in NEED_ARGUMENT
-    if update:
-        assert mean is not None and var is not None
-        _check.updated_apart(mean, var, x, added)
-    buffer = None
-    if out is not None:
-        buffer = _check.out(out, x)
-        _check.out_apart(buffer, keep, keep_added, x, added, mean, var)
-
-    data = x
-    if view is None:
-        data, view = _layout.reduced("x", x, axis)
-    planar, shape, strides, _dense = view
-    if buffer is None:
-        y, y_strides = _layout.new_like(data, axis, view)
+    vectors = (gamma, beta, mean, var)
+    keep_added = keep and residual is not None and act[0] in NEED_ARGUMENT
+    in_place = None if keep else x
+    if view is not None and view.dense and _core.are_ordinary(x, residual, out, in_place, channels, vectors, update):
+        data, strides = x, view.strides
+        addend = None if residual is None else (residual, strides)
+        target = (_core.empty_like(x) if out is None else out, strides)
     else:
-        y, y_strides = out, _check.out_view(buffer, axis, planar).strides
-    addend = mask = None
-    if added is not None:
-        added, added_view = _layout.reduced("residual", added, axis, planar)
-        addend = (added, added_view.strides)
-    keep_mask = keep and added is not None and act[0] != _IDENTITY and not keep_added
-    target = (y if buffer is None else buffer, y_strides)
-    finite_first = update and nan_guard == "raise" and buffer is not None  # else nobody sees what has been written
+        vectors, (data, strides), view, addend, target = _examined(
+            x, axis, channels, view, residual, out, keep, keep_added, vectors, update
+        )
+    y = target[0] if out is None else out
+    gamma, beta, mean, var = vectors
+    planar, shape = view.planar, view.shape
+    mask = None
+    keep_mask = keep and addend is not None and act[0] != _IDENTITY and not keep_added
+    finite_first = update and nan_guard == "raise" and out is not None  # else nobody sees what has been written
     if on_gpu:
         from .cuda import _host
 
         call = _host.make_call(dtype, planar, shape, act, training)
-        vectors = (gamma, beta, mean, var)
         statistics, mask = _host.forward(call, (data, strides), addend, target, keep_mask, vectors, eps, finite_first)
         if update and x.size and (nan_guard == "propagate" or _host.moments_are_finite(statistics)):
             if counter is not None:
@@ -258,12 +249,49 @@ def forward(
         return y, None
     cache = BatchNormCache()
     cache._x, cache._axis, cache._view, cache._dtype = data, axis, view, dtype
-    cache._activation, cache._training, cache._residual = act, training, added is not None
+    cache._activation, cache._training, cache._residual = act, training, addend is not None
     cache._on_gpu = on_gpu
     cache._statistics, cache._mask, cache._added = statistics, mask, addend if keep_added else None
     cache._gamma_dtype = None if gamma is None else gamma.dtype
     cache._beta_dtype = None if beta is None else beta.dtype
     return y, cache
+
+
+def _examined(
+    x: Array,
+    axis: int,
+    channels: int,
+    view: _layout.View | None,
+    residual: Any,
+    out: Any,
+    keep: bool,
+    keep_added: bool,
+    vectors: tuple[Any, Any, Any, Any],
+    update: bool,
+) -> tuple[_check.Vectors, Operand, _layout.View, Operand | None, Operand]:
+    """The arrays of a call of forward that is not an ordinary one, after every check: the vectors, x and its view,
+    residual and y. What the kernels cannot use in place is copied."""
+    gamma, beta, mean, var = _check.vectors(*vectors, channels, update)
+    added = None if residual is None else _check.companion("residual", residual, x)
+    if update:
+        assert mean is not None and var is not None
+        _check.updated_apart(mean, var, x, added)
+    buffer = None
+    if out is not None:
+        buffer = _check.out(out, x)
+        _check.out_apart(buffer, keep, keep_added, x, added, mean, var)
+    data = x
+    if view is None:
+        data, view = _layout.reduced("x", x, axis)
+    if buffer is None:
+        target = _layout.new_like(data, axis, view)
+    else:
+        target = buffer, _check.out_view(buffer, axis, view.planar).strides
+    addend = None
+    if added is not None:
+        added, added_view = _layout.reduced("residual", added, axis, view.planar)
+        addend = (added, added_view.strides)
+    return (gamma, beta, mean, var), (data, view.strides), view, addend, target
 
 
 def forward_with_cache(
@@ -280,7 +308,7 @@ def forward_with_cache(
     return y, cache
 
 
-def backward(dy: npt.ArrayLike, cache: BatchNormCache, out: Array | None, num_threads: int | None) -> Gradients:
+def backward(dy: Any, cache: BatchNormCache, out: Array | None, num_threads: int | None) -> Gradients:
     """`functional.batchnorm_backward`. Nothing is written before all arguments have been checked."""
     if not isinstance(cache, BatchNormCache):
         raise ArgumentError(f"cache: expected the cache of a forward function, got {type(cache).__name__}")
@@ -289,23 +317,17 @@ def backward(dy: npt.ArrayLike, cache: BatchNormCache, out: Array | None, num_th
 
         return _device.backward(dy, cache, out, num_threads)
     x, axis, view = cache._x, cache._axis, cache._view
-    gradient = _check.companion("dy", dy, x)
     threads = _check.num_threads(num_threads)
-    if out is None:
-        dx, dx_strides = _layout.new_like(x, axis, view)
-        target = (dx, dx_strides)
+    if view.dense and cache._added is None and _core.are_ordinary(x, dy, out, dy, 0, (), False):
+        given = (dy, view.strides)
+        target = (_core.empty_like(x) if out is None else out, view.strides)
     else:
-        buffer = _check.out(out, x)
-        _check.apart("out", buffer, "x", x)
-        _check.apart_or_same("out", buffer, "dy", gradient)
-        if cache._added is not None:
-            _check.apart("out", buffer, "residual", cache._added[0])
-        dx, target = out, (buffer, _check.out_view(buffer, axis, view.planar).strides)
-    gradient, dy_view = _layout.reduced("dy", gradient, axis, view.planar)
+        given, target = _examined_gradient(dy, cache, out)
+    dx = target[0] if out is None else out
     dresidual = second = None
     if cache._residual:
         second = dresidual, _ = _layout.new_like(x, axis, view)
-    operands = ((x, view.strides), cache._added, (gradient, dy_view.strides), target, second, cache._mask)
+    operands = ((x, view.strides), cache._added, given, target, second, cache._mask)
     if cache._on_gpu:
         from .cuda import _host
 
@@ -331,3 +353,20 @@ def backward(dy: npt.ArrayLike, cache: BatchNormCache, out: Array | None, num_th
             cache._beta_dtype,
         )
     return Gradients(dx, dgamma, dbeta, dresidual)
+
+
+def _examined_gradient(dy: Any, cache: BatchNormCache, out: Array | None) -> tuple[Operand, Operand]:
+    """dy and dx of a call of backward that is not an ordinary one, after every check."""
+    x, axis, view = cache._x, cache._axis, cache._view
+    gradient = _check.companion("dy", dy, x)
+    if out is None:
+        target = _layout.new_like(x, axis, view)
+    else:
+        buffer = _check.out(out, x)
+        _check.apart("out", buffer, "x", x)
+        _check.apart_or_same("out", buffer, "dy", gradient)
+        if cache._added is not None:
+            _check.apart("out", buffer, "residual", cache._added[0])
+        target = buffer, _check.out_view(buffer, axis, view.planar).strides
+    gradient, seen = _layout.reduced("dy", gradient, axis, view.planar)
+    return (gradient, seen.strides), target
