@@ -60,8 +60,10 @@ cdef struct Job:
     int64_t segments  # blocks of a run, where it is longer
     int64_t fold      # interleaved: rows taken as one, to fill whole vectors; channel c is columns c + k channels
     int64_t width     # sums, coefficients and shifts: fold * channels
-    int64_t group     # columns (interleaved) or channels (planar) of a group
+    int64_t group     # columns (interleaved) or channels (planar) of a group, at most
     int64_t groups
+    int64_t grain     # planar: groups begin at multiples of so many channels
+    int64_t shares    # parts of all groups that have as many groups each
     int64_t units
     int64_t map_rows  # interleaved: map goes over whole rows, so many a unit
     int64_t map_units
@@ -100,8 +102,9 @@ cdef enum:
     PHASE_UNIT_BYTES = 512 << 10
     # Ranges of units that a thread gets on average: enough to even out, few enough to cost nothing.
     TASKS_PER_THREAD = 4
-    # Sums that one thread finishes while others would still wake up.
-    SERIAL_SUMS = 1024
+    # Sums that one thread adds while others would still wake up, and how many of them a channel takes besides.
+    SERIAL_SUMS = 3 << 10
+    CHANNEL_SUMS = 16
     # The map takes shorter runs as one, if they adjoin.
     LONG_RUN_BYTES = 2 << 10
     # Rows of adjoining planes for which spreading their coefficients pays, and for planes of some vectors those for
@@ -406,16 +409,29 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
         set_shift(job, channel, job.sums[channel])
 
 
+cdef inline int64_t first_of(Job *job, int64_t group) noexcept nogil:
+    """The first channel (or column) of a group. Planar groups are as equal as their grain permits, the larger ones of a
+    thread's share first: no group has more channels than the one before it, whose map goes beside its reduce."""
+    cdef int64_t grains, each, share, i, first, here
+    if not job.planar:
+        return group * job.group
+    grains, each = ceil_div(job.channels, job.grain), job.groups // job.shares
+    share, i = group // each, group % each
+    first = share * grains // job.shares
+    here = (share + 1) * grains // job.shares - first
+    return min((first + i * (here // each) + min(i, here % each)) * job.grain, job.channels)
+
+
 cdef void reduce_units(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
     """A unit is one block of one group."""
-    cdef int64_t unit, block, row, column, channel, rows = job.outer // job.fold
+    cdef int64_t unit, group, block, row, column, channel, end, rows = job.outer // job.fold
     for unit in range(first, last):
-        channel = (unit // job.blocks if job.planar else unit % job.groups) * job.group
-        if job.again and not any_redo(job, channel, min(channel + job.group, job.channels)):
+        group = unit // job.blocks if job.planar else unit % job.groups
+        channel, end = first_of(job, group), first_of(job, group + 1)
+        if job.again and not any_redo(job, channel, min(end, job.channels)):
             continue
         if job.planar:
-            run_planar(job, job.reduce, thread, channel, min(job.group, job.channels - channel), unit % job.blocks,
-                       False)
+            run_planar(job, job.reduce, thread, channel, end - channel, unit % job.blocks, False)
         else:
             block, column = unit // job.groups, channel
             row = block * FASTBN_INTERLEAVED_BLOCK
@@ -430,12 +446,12 @@ cdef void reduce_units(Job *job, int thread, int64_t first, int64_t last) noexce
 cdef void map_units(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
     """From the last unit to the first: what reduce has read last is still in the cache. A unit is one block of one
     group (planar), or some rows, whole ones unless they are packed."""
-    cdef int64_t unit, channel, row, column, rows = job.outer // job.fold
+    cdef int64_t unit, channel, end, row, column, rows = job.outer // job.fold
     cdef int64_t columns = job.group if job.packed else job.width
     for unit in range(last - 1, first - 1, -1):
         if job.planar:
-            channel = unit // job.blocks * job.group
-            run_planar(job, job.map, thread, channel, min(job.group, job.channels - channel), unit % job.blocks, True)
+            channel, end = first_of(job, unit // job.blocks), first_of(job, unit // job.blocks + 1)
+            run_planar(job, job.map, thread, channel, end - channel, unit % job.blocks, True)
         else:
             row = unit * job.map_rows
             if row >= rows:
@@ -450,6 +466,8 @@ cdef void map_units(Job *job, int thread, int64_t first, int64_t last) noexcept 
 
 cdef void finish_channels(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
     cdef int64_t channel
+    if job.reduce != NULL:
+        add_blocks(job, first, last)
     for channel in range(first, last):
         job.redo[channel] = job.finish(job, channel, False)
 
@@ -458,6 +476,7 @@ cdef void finish_redone(Job *job, int thread, int64_t first, int64_t last) noexc
     cdef int64_t channel
     for channel in range(first, last):
         if job.redo[channel]:
+            add_blocks(job, channel, channel + 1)
             job.finish(job, channel, True)
 
 
@@ -494,8 +513,8 @@ cdef void whole_groups(Job *job, int thread, int64_t first, int64_t last) noexce
     read."""
     cdef int64_t group, channel, channels
     for group in range(first, last):
-        channel = group * job.group
-        channels = min(job.group, job.channels - channel)
+        channel = first_of(job, group)
+        channels = first_of(job, group + 1) - channel
         shift_channels(job, thread, channel, channel + channels)
         reduce_group(job, thread, channel, channels)
         finish_group(job, thread, channel, channels)
@@ -505,11 +524,11 @@ cdef void whole_groups(Job *job, int thread, int64_t first, int64_t last) noexce
 
 cdef void staggered_groups(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
     """The same, with the map of a group beside the reduce of the next: that is read while this one is written."""
-    cdef int64_t group, channel, channels, block, i
+    cdef int64_t group, channel, channels, previous = 0, block, i
     cdef fastbn_block mapped, reduced
     for group in range(first, last):
-        channel = group * job.group
-        channels = min(job.group, job.channels - channel)
+        channel = first_of(job, group)
+        channels = first_of(job, group + 1) - channel
         shift_channels(job, thread, channel, channel + channels)
         for i in range(job.blocks):
             # There and back: map begins with what reduce of the same channels has read last.
@@ -520,11 +539,12 @@ cdef void staggered_groups(Job *job, int thread, int64_t first, int64_t last) no
                 # rows.
                 reduced.next_too = job.next_too
                 reduced.rows_ahead, reduced.then_row = reduced.rows, 0
-                mapped = planar_block(job, channel - job.group, job.group, block, True)
+                mapped = planar_block(job, channel - previous, previous, block, True)
                 job.map_beside_reduce(&mapped, &reduced)
             else:
                 run_planar(job, job.reduce, thread, channel, channels, block, False)
         finish_group(job, thread, channel, channels)
+        previous = channels
     for i in range(job.blocks):
         block = i if (last - 1 - first) % 2 else job.blocks - 1 - i
         run_planar(job, job.map, thread, channel, channels, block, True)
@@ -624,9 +644,15 @@ cdef void cut(Job *job) noexcept nogil:
             job.rows_per_block = min(rows, job.outer)
             job.blocks = ceil_div(job.outer, job.rows_per_block)
             job.group = min(max(1, piece // (job.rows_per_block * run)), job.channels)
-        if adjoining and job.group > whole:
-            job.group -= job.group % whole
+        # Whole lines, or pairs, which sums take in turns.
+        job.grain = min(job.group, whole if adjoining else 2)
+        job.group -= job.group % job.grain
         job.groups = ceil_div(job.channels, job.group)
+        job.shares = 1
+        if job.by_channel:  # as many for each thread
+            job.groups = min(ceil_div(job.groups, job.threads) * job.threads, ceil_div(job.channels, job.grain))
+            if job.groups % job.threads == 0:
+                job.shares = job.threads
     else:
         rows = job.outer // job.fold
         job.blocks = ceil_div(rows, FASTBN_INTERLEAVED_BLOCK) + (rows * job.fold < job.outer)
@@ -637,7 +663,9 @@ cdef void cut(Job *job) noexcept nogil:
         job.groups = ceil_div(job.width, job.group)
     job.units = job.map_units = job.groups * job.blocks
     if not job.planar:
-        job.map_rows = max(1, UNIT_BYTES // (job.width * job.kernels.itemsize))
+        piece = max(1, UNIT_BYTES // (job.width * job.kernels.itemsize))
+        whole = max(1, ceil_div(ceil_div(rows, piece), job.threads)) * job.threads  # as many for each thread
+        job.map_rows = max(1, ceil_div(rows, whole))
         job.map_units = ceil_div(rows, job.map_rows) + (rows * job.fold < job.outer)
     # In the caches, six coefficients are not worth spreading for planes of some whole vectors.
     if (job.dy.data != NULL and job.reduce != NULL and not large and job.inner >= UNSPREAD_COLUMNS
@@ -700,7 +728,8 @@ cdef int64_t sums_size(Job *job) noexcept nogil:
 
 
 cdef void run_in_phases(Job *job) noexcept nogil:
-    cdef int finishers = 1 if job.blocks * job.width < SERIAL_SUMS else job.threads
+    cdef int64_t sums = job.blocks * job.width if job.reduce != NULL else 0
+    cdef int finishers = 1 if sums + CHANNEL_SUMS * job.channels < SERIAL_SUMS else job.threads
     job.again = False
     if job.reduce != NULL:
         phase(job, shift_channels, job.channels, finishers if job.planar and shifts_by_first(job) else 1, False)

@@ -126,7 +126,8 @@ TWINS = (
     "total squares, x dy, x residual, y dx, dx dresidual, source destination, map reduce, SCALE "
     "OFFSET, scale offset, delta square, dgamma dbeta, gamma beta, units map_units, group groups, fold channels, "
     "width channels, mean var, applied summed, count columns, scale beta, where_open where_shut, low high, yes no, "
-    "least greatest, sum_g sum_gd, b next, map_asks reduce_asks"
+    "least greatest, sum_g sum_gd, b next, map_asks reduce_asks, MEAN MEAN_LO, RSTD RSTD_LO, total lost, "
+    "larger smaller, previous channels, each here, grains groups"
 )
 PAIRS = [tuple(pair.split()) for pair in TWINS.split(",")]
 
@@ -210,7 +211,7 @@ def code_of(path: str, text: str) -> list[str]:
     if path.endswith(".pxi"):
         code = re.sub(r'"""[\s\S]*?"""|"[^"\n]*"|#[^\n]*', blank, text)
         code = re.sub(r"^(from|include|import|cdef extern|ctypedef) ?.*", blank, code, flags=re.M)
-        code = re.sub(r"^ *cdef [\w* ]+(\[\d+\])?(, \w+)*$", blank, code, flags=re.M)
+        code = re.sub(r"^ *cdef [\w* ]+(\[\w+\])?(, \w+)*$", blank, code, flags=re.M)
         code = re.sub(r"^cdef [^\n]*\((?:[^\n]*\n +)*?[^\n]*\) noexcept nogil:$", blank, code, flags=re.M)
         code = re.sub(r"^cdef struct.*\n(?:(?: +.*)?\n)*", blank, code, flags=re.M)
     else:
