@@ -100,8 +100,11 @@ cdef enum:
     UNIT_BYTES = 224 << 10
     LARGE_UNIT_BYTES = 192 << 10
     PHASE_UNIT_BYTES = 512 << 10
-    # Ranges of units that a thread gets on average: enough to even out, few enough to cost nothing.
-    TASKS_PER_THREAD = 4
+    # Units that a thread gets on average, at least where they can be cut so small; and ranges of units, at most: enough
+    # to even out, few enough to cost nothing. A range of staggered groups begins and ends with one step by itself.
+    UNITS_PER_THREAD = 4
+    TASKS_PER_THREAD = 16
+    STAGGERED_TASKS_PER_THREAD = 4
     # Sums that one thread adds while others would still wake up, and how many of them a channel takes besides.
     SERIAL_SUMS = 3 << 10
     CHANNEL_SUMS = 16
@@ -175,7 +178,8 @@ cdef void phase(Job *job, Worker worker, int64_t units, int threads, bint backwa
     Each thread begins with a part of its own, the same in every phase and call: its core has some of that in its
     caches, and does not fetch ahead what another one is writing.
     """
-    cdef int64_t part, tasks = min(units, <int64_t>threads * TASKS_PER_THREAD), parts = min(threads, tasks)
+    cdef int64_t part, most = STAGGERED_TASKS_PER_THREAD if job.staggered else TASKS_PER_THREAD
+    cdef int64_t tasks = min(units, most * threads), parts = min(threads, tasks)
     if parts <= 1:
         perform(job, worker, 0, 0, units)
         return
@@ -613,7 +617,7 @@ cdef void cut(Job *job) noexcept nogil:
                  and is_dense(job, &job.y) and is_dense(job, &job.dx) and is_dense(job, &job.dresidual))
     job.segments = 1
     job.segment = FASTBN_PLANAR_BLOCK
-    piece = min(PHASE_UNIT_BYTES, total // (job.threads * TASKS_PER_THREAD))  # without sums to cut
+    piece = min(PHASE_UNIT_BYTES, total // (job.threads * UNITS_PER_THREAD))  # without sums to cut
     if job.reduce == NULL and not job.packed:
         job.segment = max(1, piece // job.kernels.itemsize // FASTBN_PLANAR_BLOCK) * FASTBN_PLANAR_BLOCK
     job.by_channel = (job.planar and job.reduce != NULL and not job.finite_first
@@ -658,7 +662,7 @@ cdef void cut(Job *job) noexcept nogil:
         job.blocks = ceil_div(rows, FASTBN_INTERLEAVED_BLOCK) + (rows * job.fold < job.outer)
         job.group = GROUP_COLUMNS if job.fold == 1 else job.width
         while (job.fold == 1 and job.group > LEAST_COLUMNS
-               and job.blocks * ceil_div(job.width, job.group) < 2 * job.threads * TASKS_PER_THREAD):
+               and job.blocks * ceil_div(job.width, job.group) < 2 * job.threads * UNITS_PER_THREAD):
             job.group //= 2
         job.groups = ceil_div(job.width, job.group)
     job.units = job.map_units = job.groups * job.blocks
