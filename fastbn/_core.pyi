@@ -151,7 +151,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> _Array:
     """numpy.empty(shape, dtype); likewise."""
 
 def set_cache_limit(limit: int) -> None:
-    """Keep at most so many bytes in idle blocks, from now on; 0 leaves large arrays to NumPy too."""
+    """Keep at most so many bytes in idle blocks, from now on; 0 leaves arrays below 32 MiB to NumPy too."""
 
 def empty_cache() -> None:
     """Return all idle blocks to the system."""

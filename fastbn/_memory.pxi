@@ -60,6 +60,9 @@ cdef extern from * nogil:
 cdef enum:
     # Smaller arrays are left to NumPy: the C library recycles those as fast, larger ones rarely (measured).
     POOLED_BYTES = 64 << 10
+    # From here on the C library (glibc) has no memory to recycle either: it maps every block. So if nothing is kept,
+    # new memory of ours costs no more, and begins at a line of the cache, as stores past the caches want it.
+    MAPPED_BYTES = 32 << 20
     # Where huge pages are asked for, and how large they are (on machines other than x86 a harmless alignment).
     HUGE_FROM = 4 << 20
     HUGE_PAGE = 2 << 20
@@ -266,7 +269,8 @@ cdef extern from "numpy/arrayobject.h":
 
 cdef object begin(int64_t nbytes):
     """If the next array of this thread is large, let NumPy ask us for its memory; returns whom it has asked so far."""
-    return cnp.PyDataMem_SetHandler(handler_capsule) if nbytes >= POOLED_BYTES and pool.limit > 0 else None
+    cdef bint ours = nbytes >= (POOLED_BYTES if pool.limit > 0 else MAPPED_BYTES)
+    return cnp.PyDataMem_SetHandler(handler_capsule) if ours else None
 
 
 cdef int end(object asked) except -1:

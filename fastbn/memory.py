@@ -89,8 +89,8 @@ def set_cache_limit(nbytes: int | None) -> None:
     Parameters
     ----------
     nbytes : int or None
-        0 keeps nothing and leaves the memory of results to NumPy; None goes back to the environment or the default.
-        What is over the limit is returned to the system at once, the oldest first.
+        0 keeps nothing, and leaves the memory of results below 32 MiB to NumPy; None goes back to the environment or
+        the default. What is over the limit is returned to the system at once, the oldest first.
 
     Raises
     ------

@@ -241,6 +241,18 @@ def test_memory_limit_of_zero_turns_it_off():
     assert before.limit == before.idle_bytes == 0
 
 
+def test_memory_of_large_results_is_aligned_and_returned_at_once_if_nothing_is_kept():
+    fastbn.set_cache_limit(0)
+    sizes = [32 * MIB - 8, 32 * MIB]
+    before = fastbn.cache_info()
+    results = [fastbn.batchnorm(np.zeros((2, nbytes // 8), np.float32)) for nbytes in sizes]
+    assert [result.nbytes for result in results] == sizes
+    assert address(results[1]) % 4096 == 0 and not results[1].any()
+    assert fastbn.cache_info().misses == before.misses + 1  # the smaller one is NumPy's
+    del results
+    assert fastbn.cache_info().idle_bytes == 0
+
+
 @pytest.mark.parametrize("value", [-1, 1.5, True, "1G", 1 << 62], ids=repr)
 def test_memory_limit_must_be_a_number_of_bytes(value):
     with pytest.raises(fastbn.ArgumentError, match="nbytes: expected a number of bytes"):
