@@ -12,7 +12,8 @@ Common arguments
     statistics  float64 array of shape (STATISTICS_ROWS, channels), C-contiguous; its rows are the STATISTICS_* below
 """
 
-from typing import Any, Final, TypeAlias
+from collections.abc import Mapping
+from typing import Any, Final, TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
@@ -125,20 +126,37 @@ def spans_overlap(written: tuple[_Array, ...], others: tuple[_Array | None, ...]
     The elements between may still be apart (`numpy.shares_memory`). An empty array has no memory.
     """
 
+@final
+class Accepted:
+    """Remembers what checks have made of options: of the same objects they would make the same again.
+
+    Of `arrays`, some names of `defaults`, only whether there is one counts; all other options must be immutable.
+    """
+
+    def __init__(self, defaults: Mapping[str, object], arrays: tuple[str, ...]) -> None: ...
+    def recall(self, given: Mapping[str, object]) -> tuple[Any, list[Any]] | None:
+        """What was remembered of these options, and the arrays, in the order of `defaults`; None if nothing was."""
+
+    def remember(self, given: Mapping[str, object], result: object) -> None:
+        """Of these options."""
+
 def are_ordinary(
     x: _Array,
     companion: Any,
     out: Any,
     in_place: Any,
     channels: int,
-    vectors: tuple[Any, ...],
+    gamma: Any,
+    beta: Any,
+    running_mean: Any,
+    running_var: Any,
     update: bool,
 ) -> bool:
     """Whether the arrays of a call pass every check without a closer look.
 
-    `companion` and `out` are plain ndarrays with the dtype, shape and strides of x, the vectors (gamma, beta, running
-    mean and variance) of float32 or float64 that can be written, and what is written (`out`; if `update`, the running
-    vectors) meets nothing else; but `out` may be `in_place`. None is always right. x itself has a dense view.
+    `companion` and `out` are plain ndarrays with the dtype, shape and strides of x, the vectors plain ones of float32
+    or float64 that can be written, and what is written (`out`; if `update`, the running vectors) meets nothing else;
+    but `out` may be `in_place`. None is always right. x itself has a dense view.
     """
 
 def description(array: _Array, axis: int) -> bytes:
@@ -164,8 +182,5 @@ def copy(
 ) -> None:
     """Copy equal numbers of bytes, with streaming stores if asked; for `runtime.copy_speed`."""
 
-def openmp_max_threads() -> int:
-    """What OpenMP would use now (1 without OpenMP)."""
-
-def openmp_in_parallel() -> bool:
-    """Whether the caller runs inside an OpenMP parallel region."""
+def openmp_limit() -> int:
+    """Threads that OpenMP would use now (1 without OpenMP); 0 if the caller runs inside a parallel region of it."""

@@ -7,8 +7,9 @@ Callers have checked every argument; nothing here does.
 
 cimport numpy as cnp
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.dict cimport PyDict_GetItem
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.ref cimport Py_INCREF
+from cpython.ref cimport Py_INCREF, PyObject
 from libc.stdint cimport int64_t, uint64_t
 
 import numpy
@@ -182,12 +183,8 @@ def activation_formulas():
                   for i in range(fastbn_activation_count())])
 
 
-def openmp_max_threads():
-    return omp_get_max_threads()
-
-
-def openmp_in_parallel():
-    return bool(omp_in_parallel())
+def openmp_limit():
+    return 0 if omp_in_parallel() else omp_get_max_threads()
 
 
 def stream_bytes():
@@ -411,6 +408,68 @@ def backward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x,
 # ----------------------------------------------------------------------------------------------------
 # questions about arrays that every call asks
 
+cdef enum:
+    OPTIONS = 12
+    # As many combinations of options as a program may have in a loop; looked through one by one.
+    MOST_CALLS = 16
+
+
+cdef class Accepted:
+    cdef dict defaults
+    cdef tuple names
+    cdef bint is_array[OPTIONS]
+    cdef list calls  # of (values, result)
+
+    def __init__(self, dict defaults, tuple arrays):
+        self.defaults, self.names = defaults, tuple(defaults)
+        if len(self.names) != OPTIONS:
+            raise ValueError(f"expected {OPTIONS} options, got {len(self.names)}")
+        for i in range(OPTIONS):
+            self.is_array[i] = self.names[i] in arrays
+        self.calls = []
+
+    cdef bint find(self, dict given, PyObject **values, list arrays):
+        """The values of all options, borrowed, of arrays whether there is one; False if there are others."""
+        cdef Py_ssize_t known = 0
+        cdef object there_is
+        cdef int i
+        for i in range(OPTIONS):
+            values[i] = PyDict_GetItem(given, self.names[i])
+            if values[i] == NULL:
+                values[i] = PyDict_GetItem(self.defaults, self.names[i])
+            else:
+                known += 1
+            if self.is_array[i]:
+                arrays.append(<object>values[i])
+                there_is = values[i] != <PyObject *>None
+                values[i] = <PyObject *>there_is
+        return known == len(given)
+
+    def recall(self, dict given):
+        cdef PyObject *values[OPTIONS]
+        cdef list arrays = []
+        cdef tuple call, before
+        cdef int i
+        if not self.find(given, values, arrays):
+            return None
+        for call in self.calls:
+            before = call[0]
+            i = 0
+            while i < OPTIONS and values[i] == <PyObject *>before[i]:
+                i += 1
+            if i == OPTIONS:
+                return call[1], arrays
+        return None
+
+    def remember(self, dict given, result):
+        cdef PyObject *values[OPTIONS]
+        cdef int i
+        self.find(given, values, [])
+        if len(self.calls) == MOST_CALLS:
+            self.calls.clear()
+        self.calls.append((tuple([<object>values[i] for i in range(OPTIONS)]), result))
+
+
 def description(cnp.ndarray array, int axis):
     cdef int64_t words[2 * cnp.NPY_MAXDIMS + 2]
     cdef int i, rank = cnp.PyArray_NDIM(array)
@@ -475,31 +534,33 @@ cdef bint is_like(cnp.ndarray x, other, bint written):
     return True
 
 
-cdef bint meets_any(cnp.ndarray written, tuple others, in_place):
-    """Whether it shares memory with one of them, other than by being `in_place`."""
-    for other in others:
-        if other is not None and not (other is written and other is in_place) and meet(written, other):
-            return True
-    return False
-
-
 cdef bint is_plain_vector(vector, int64_t channels):
+    """Or None."""
     if vector is None:
         return True
     return (cnp.PyArray_CheckExact(vector) and cnp.PyArray_NDIM(vector) == 1
             and cnp.PyArray_DIM(vector, 0) == channels and is_direct(vector) and cnp.PyArray_ISWRITEABLE(vector))
 
 
-def are_ordinary(cnp.ndarray x, companion, out, in_place, int64_t channels, tuple vectors, bint update):
-    for vector in vectors:
-        if not is_plain_vector(vector, channels):
-            return False
-    if not is_like(x, companion, False) or not is_like(x, out, True):
+cdef bint may_meet(cnp.ndarray a, b):
+    return b is not None and meet(a, b)
+
+
+def are_ordinary(cnp.ndarray x, companion, out, in_place, int64_t channels, gamma, beta, running_mean, running_var,
+                 bint update):
+    if not (is_like(x, companion, False) and is_like(x, out, True)
+            and is_plain_vector(gamma, channels) and is_plain_vector(beta, channels)
+            and is_plain_vector(running_mean, channels) and is_plain_vector(running_var, channels)):
         return False
-    if update and (meet(vectors[2], vectors[3]) or meets_any(vectors[2], (x, companion), None)
-                   or meets_any(vectors[3], (x, companion), None)):
+    if update and (meet(running_mean, running_var) or meet(running_mean, x) or meet(running_var, x)
+                   or may_meet(running_mean, companion) or may_meet(running_var, companion)):
         return False
-    return out is None or not meets_any(out, (x, companion, *vectors[2:]), in_place)
+    if out is None:
+        return True
+    if may_meet(out, running_mean) or may_meet(out, running_var):
+        return False
+    return not ((meet(out, x) and not (out is x and out is in_place))
+                or (may_meet(out, companion) and not (out is companion and out is in_place)))
 
 
 def copy(int isa, int threads, destination, source, bint stream):

@@ -56,6 +56,9 @@ DEFAULTS: Options = {
 }
 
 
+_accepted = _core.Accepted(DEFAULTS, ("running_mean", "running_var", "residual", "out"))
+
+
 class BatchNormCache:
     """What backward needs from forward. Leave `x` unchanged until then: it is not copied. Nor is the residual that
     comes before an activation whose gradient is more than open or shut (hardswish).
@@ -169,41 +172,32 @@ def forward(
 ) -> tuple[Array, BatchNormCache | None]:
     """Every forward function; `keep` asks for the cache, `counter` counts the batches that running statistics have
     taken. Nothing is written before all arguments have been checked."""
-    # Unpacked from a dictionary: passing on keyword arguments costs more than a small batch.
-    merged: dict[str, Any] = {**DEFAULTS, **given}
-    if len(merged) != len(DEFAULTS):
-        unknown = next(name for name in merged if name not in DEFAULTS)
-        raise TypeError(f"got an unexpected keyword argument {unknown!r}")
-    mean, var, training, momentum, eps, unbiased, nan_guard, activation, residual, out, device, num_threads = (
-        merged.values()
-    )
-    on_gpu = _check.device(device)
     if type(x) is not np.ndarray:
         from .cuda import _device
 
-        return _device.forward(x, gamma, beta, axis, keep, merged, counter)
-    training, update, momentum, eps, unbiased, nan_guard, act = _check.options(
-        mean is not None, var is not None, training, momentum, eps, unbiased, nan_guard, activation
-    )
-    threads = _check.num_threads(num_threads)
+        return _device.forward(x, gamma, beta, axis, keep, _merged(given), counter)
+    (options, threads, on_gpu), (mean, var, residual, out) = _accepted.recall(given) or _accept(given)
+    training, update, momentum, eps, unbiased, nan_guard, act = options
     dtype, channels, per_channel, view = _layout.plan(x, axis)
     if dtype is None:
         dtype = _check.supported_dtype("x", x.dtype)
     if training and per_channel == 1:
         _check.several_values(x.shape, per_channel)
-    vectors = (gamma, beta, mean, var)
     keep_added = keep and residual is not None and act[0] in NEED_ARGUMENT
     in_place = None if keep else x
-    if view is not None and view.dense and _core.are_ordinary(x, residual, out, in_place, channels, vectors, update):
+    if (
+        view is not None
+        and view.dense
+        and _core.are_ordinary(x, residual, out, in_place, channels, gamma, beta, mean, var, update)
+    ):
         data, strides = x, view.strides
         addend = None if residual is None else (residual, strides)
         target = (_core.empty_like(x) if out is None else out, strides)
     else:
-        vectors, (data, strides), view, addend, target = _examined(
-            x, axis, channels, view, residual, out, keep, keep_added, vectors, update
+        (gamma, beta, mean, var), (data, strides), view, addend, target = _examined(
+            x, axis, channels, view, residual, out, keep, keep_added, (gamma, beta, mean, var), update
         )
     y = target[0] if out is None else out
-    gamma, beta, mean, var = vectors
     planar, shape = view.planar, view.shape
     mask = None
     keep_mask = keep and addend is not None and act[0] != _IDENTITY and not keep_added
@@ -212,6 +206,7 @@ def forward(
         from .cuda import _host
 
         call = _host.make_call(dtype, planar, shape, act, training)
+        vectors = (gamma, beta, mean, var)
         statistics, mask = _host.forward(call, (data, strides), addend, target, keep_mask, vectors, eps, finite_first)
         if update and x.size and (nan_guard == "propagate" or _host.moments_are_finite(statistics)):
             if counter is not None:
@@ -255,6 +250,30 @@ def forward(
     cache._gamma_dtype = None if gamma is None else gamma.dtype
     cache._beta_dtype = None if beta is None else beta.dtype
     return y, cache
+
+
+def _merged(given: Any) -> dict[str, Any]:
+    """All options."""
+    merged: dict[str, Any] = {**DEFAULTS, **given}
+    if len(merged) != len(DEFAULTS):
+        unknown = next(name for name in merged if name not in DEFAULTS)
+        raise TypeError(f"got an unexpected keyword argument {unknown!r}")
+    return merged
+
+
+def _accept(given: Any) -> tuple[tuple[_check.Options, int | None, bool], list[Any]]:
+    """What every check has made of the options, and the arrays among them."""
+    mean, var, training, momentum, eps, unbiased, nan_guard, activation, residual, out, device, num_threads = _merged(
+        given
+    ).values()
+    on_gpu = _check.device(device)
+    options = _check.options(
+        mean is not None, var is not None, training, momentum, eps, unbiased, nan_guard, activation
+    )
+    accepted = (options, _check.num_threads(num_threads), on_gpu)
+    if not on_gpu:  # whether there is one is asked each time
+        _accepted.remember(given, accepted)
+    return accepted, [mean, var, residual, out]
 
 
 def _examined(
@@ -318,7 +337,7 @@ def backward(dy: Any, cache: BatchNormCache, out: Array | None, num_threads: int
         return _device.backward(dy, cache, out, num_threads)
     x, axis, view = cache._x, cache._axis, cache._view
     threads = _check.num_threads(num_threads)
-    if view.dense and cache._added is None and _core.are_ordinary(x, dy, out, dy, 0, (), False):
+    if view.dense and cache._added is None and _core.are_ordinary(x, dy, out, dy, 0, None, None, None, None, False):
         given = (dy, view.strides)
         target = (_core.empty_like(x) if out is None else out, view.strides)
     else:

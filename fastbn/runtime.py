@@ -187,36 +187,40 @@ _environment_threads = fastbn_num_threads(os.environ)
 _set_threads: int | None = None  # set_num_threads: the whole process
 _block_threads: ContextVar[int | None] = ContextVar("fastbn_threads", default=None)  # threads(n): this context
 
+
+@lru_cache(maxsize=1)
+def _process_threads() -> tuple[int, str, int]:
+    """The number for large work outside of `threads` blocks, where it comes from, and OpenMP's own limit if nobody has
+    lowered it."""
+    affinity, cpus = _available_cpus()
+    limit = affinity if _omp_threads is None else _omp_threads
+    if _set_threads is not None:
+        return _set_threads, "set_num_threads", limit
+    if _environment_threads is not None:
+        return _environment_threads, "FASTBN_NUM_THREADS", limit
+    if _omp_threads is not None:
+        return min(_omp_threads, MAX_THREADS), "OMP_NUM_THREADS", limit
+    return cpus, "CPU affinity" if cpus == affinity else "cgroup quota", limit
+
+
 # A child may have been moved to other CPUs or to another cgroup; it counts again.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_available_cpus.cache_clear)
-
-
-def _preferred_threads() -> tuple[int, str]:
-    """The number that would be used for large work were OpenMP's own limit not lowered, and where it comes from."""
-    block = _block_threads.get()
-    if block is not None:
-        return block, "threads() block"
-    if _set_threads is not None:
-        return _set_threads, "set_num_threads"
-    if _environment_threads is not None:
-        return _environment_threads, "FASTBN_NUM_THREADS"
-    if _omp_threads is not None:
-        return min(_omp_threads, MAX_THREADS), "OMP_NUM_THREADS"
-    affinity, cpus = _available_cpus()
-    return cpus, "CPU affinity" if cpus == affinity else "cgroup quota"
+    os.register_at_fork(after_in_child=_process_threads.cache_clear)
 
 
 def _default_threads() -> tuple[int, str]:
     """The number of threads for large work, and why."""
     if not _core.OPENMP:
         return 1, "built without OpenMP"
-    if _core.openmp_in_parallel():
+    limit = _core.openmp_limit()
+    if limit == 0:
         return 1, "inside an OpenMP parallel region"
-    preferred, source = _preferred_threads()
-    limit = _core.openmp_max_threads()
-    untouched = _available_cpus()[0] if _omp_threads is None else _omp_threads
-    if limit < min(preferred, untouched):
+    preferred, source, untouched = _process_threads()
+    block = _block_threads.get()
+    if block is not None:
+        preferred, source = block, "threads() block"
+    if limit < preferred and limit < untouched:
         return limit, "OpenMP limit lowered at run time"
     return preferred, source
 
@@ -240,6 +244,7 @@ def set_num_threads(n: int | None) -> None:
     """Set the default number of threads of the whole process; None goes back to the environment."""
     global _set_threads
     _set_threads = None if n is None else check_count("n", n)
+    _process_threads.cache_clear()
 
 
 def get_num_threads() -> int:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -28,8 +29,8 @@ def machine(monkeypatch):
         monkeypatch.setattr(runtime, "_environment_threads", environment)
         monkeypatch.setattr(runtime, "_set_threads", None)
         monkeypatch.setattr(_core, "OPENMP", openmp)
-        monkeypatch.setattr(_core, "openmp_max_threads", lambda: untouched if limit is None else limit)
-        monkeypatch.setattr(_core, "openmp_in_parallel", lambda: in_parallel)
+        monkeypatch.setattr(runtime, "_process_threads", lru_cache(runtime._process_threads.__wrapped__))
+        monkeypatch.setattr(_core, "openmp_limit", lambda: 0 if in_parallel else untouched if limit is None else limit)
 
     return describe
 
@@ -139,12 +140,13 @@ def test_threads_obey_threadpoolctl():
 
 
 def test_threads_counted_again_after_fork():
-    runtime._available_cpus()
+    counts = (runtime._available_cpus, runtime._process_threads)
+    runtime._process_threads()
     pid = os.fork()
     if pid == 0:
-        os._exit(runtime._available_cpus.cache_info().currsize)
+        os._exit(sum(count.cache_info().currsize for count in counts))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert runtime._available_cpus.cache_info().currsize == 1
+    assert [count.cache_info().currsize for count in counts] == [1, 1]
 
 
 # The environment -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ plain value against every kind of value, `ARRAYS` every argument that is an arra
 """
 
 import re
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from fastbn import (
     memory,
     runtime,
 )
+from problems import make_random
 
 SHAPE = (2, 3, 4, 5)
 
@@ -466,3 +468,70 @@ def test_validation_of_all_forms_is_one(name):
     assert options(getattr(fastbn, name)) == options(getattr(fastbn, f"{name}_forward")) == options(fastbn.batchnorm2d)
     assert list(options(fastbn.batchnorm2d))[:3] == ["x", "gamma", "beta"]
     assert "running_mean" in options(fastbn.batchnorm2d)
+
+
+# What has been accepted is not checked again --------------------------------------------------------------------------
+
+
+def test_validation_takes_options_that_it_remembers_for_no_others():
+    """After a call with valid options, others are taken for what they are."""
+    x = np.arange(12, dtype=np.float32).reshape(4, 3) - 6
+    valid = {"training": False, "momentum": 0.5, "eps": 1.0, "activation": "relu", "num_threads": 1}
+
+    def call(**changed):
+        running = {"running_mean": np.zeros(3), "running_var": np.ones(3)}
+        return fastbn.batchnorm(x, **running | valid | changed)
+
+    expected = call()
+    for name, value in {"eps": 0.25, "activation": None, "training": True, "residual": x}.items():
+        assert not np.array_equal(call(**{name: value}), expected)
+        np.testing.assert_array_equal(call(), expected)
+    for name, value in {"eps": -1.0, "activation": "tanh", "training": 1, "num_threads": 0, "momentum": 2.0}.items():
+        for _ in range(2):
+            with pytest.raises(ArgumentError, match=name):
+                call(**{name: value})
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match="running_mean"):
+            call(running_mean=None, running_var=None)
+        with pytest.raises(TypeError, match="'unknown'"):
+            call(unknown=None)
+
+
+def test_validation_remembers_some_options_and_no_arrays():
+    x = np.zeros((4, 3), np.float32)
+    for i in range(100):
+        assert fastbn.batchnorm(x, np.zeros(3), np.full(3, float(i)), eps=1.0 + i)[0, 0] == i
+    residual = x.copy()
+    gone = weakref.ref(residual)
+    fastbn.batchnorm(x, residual=residual)
+    del residual
+    assert gone() is None
+
+
+def test_validation_of_arrays_that_differ_from_x_in_one_thing():
+    """Ordinary arrays pass without a closer look; these are not ordinary."""
+    x = make_random((2, 4, 6, 6), 1, np.float32)
+    other = make_random((2, 4, 6, 6), 1, np.float32, 1)
+    expected = fastbn.batchnorm(x, residual=other)
+    moved = np.empty(other.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(other.shape)
+    moved[...] = other
+    alike = {
+        "byte order": other.astype(">f4"),
+        "memory order": np.asfortranarray(other),
+        "alignment": moved,
+        "subclass": other.view(type("Sub", (np.ndarray,), {})),
+    }
+    for name, residual in alike.items():
+        np.testing.assert_array_equal(fastbn.batchnorm(x, residual=residual), expected, err_msg=name)
+    y, cache = fastbn.batchnorm_forward(x)
+    dx = fastbn.batchnorm_backward(other, cache).dx
+    for name, dy in alike.items():
+        np.testing.assert_array_equal(fastbn.batchnorm_backward(dy, cache).dx, dx, err_msg=name)
+    for vector in (np.ones(4, np.float16), read_only(np.ones(4)), np.ones(8)[::2], np.ones(4, ">f8")):
+        np.testing.assert_array_equal(fastbn.batchnorm(x, vector, vector), fastbn.batchnorm(x, np.ones(4), np.ones(4)))
+    in_place = x.copy()
+    assert fastbn.batchnorm(in_place, out=in_place) is in_place
+    np.testing.assert_array_equal(in_place, y)
+    in_place = other.copy()
+    assert fastbn.batchnorm(x, residual=in_place, out=in_place) is in_place
+    np.testing.assert_array_equal(in_place, expected)
