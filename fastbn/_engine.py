@@ -136,7 +136,7 @@ class BatchNormCache:
         return f"BatchNormCache({mode}, x {self._x.dtype} {self._x.shape}, {self.nbytes} bytes)"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)  # frozen, it would take four times as long to make
 class Gradients:
     """Result of `batchnorm_backward`; unpacks as ``dx, dgamma, dbeta``. None stands where forward had None."""
 
