@@ -142,9 +142,10 @@ class Accepted:
 
 def are_ordinary(
     x: _Array,
-    companion: Any,
+    residual: Any,
     out: Any,
-    in_place: Any,
+    over_x: bool,
+    over_residual: bool,
     channels: int,
     gamma: Any,
     beta: Any,
@@ -152,12 +153,15 @@ def are_ordinary(
     running_var: Any,
     update: bool,
 ) -> bool:
-    """Whether the arrays of a call pass every check without a closer look.
+    """Whether the arrays of forward pass every check without a closer look. x has a dense view.
 
-    `companion` and `out` are plain ndarrays with the dtype, shape and strides of x, the vectors plain ones of float32
-    or float64 that can be written, and what is written (`out`; if `update`, the running vectors) meets nothing else;
-    but `out` may be `in_place`. None is always right. x itself has a dense view.
+    They do if `residual` and `out` are None or plain ndarrays with the dtype, shape and strides of x, the vectors None
+    or plain ones of float32 or float64 that can be written, and what is written (`out`; if `update`, the running
+    vectors) meets nothing else; but `out` may be x itself, or the residual, where the caller says so.
     """
+
+def is_ordinary_gradient(x: _Array, dy: Any, out: Any) -> bool:
+    """Likewise for backward, whose `out` may be dy itself."""
 
 def description(array: _Array, axis: int) -> bytes:
     """Dtype, byte order, alignment, shape, strides and the axis: equal for arrays that differ in values at most."""

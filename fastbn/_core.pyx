@@ -517,10 +517,8 @@ def spans_overlap(tuple written, tuple others):
 
 
 cdef bint is_like(cnp.ndarray x, other, bint written):
-    """Whether it is None or a plain array with the dtype, shape and strides of x."""
+    """Whether it is a plain array with the dtype, shape and strides of x."""
     cdef int axis
-    if other is None:
-        return True
     if not cnp.PyArray_CheckExact(other):
         return False
     cdef cnp.ndarray array = <cnp.ndarray>other
@@ -546,21 +544,28 @@ cdef bint may_meet(cnp.ndarray a, b):
     return b is not None and meet(a, b)
 
 
-def are_ordinary(cnp.ndarray x, companion, out, in_place, int64_t channels, gamma, beta, running_mean, running_var,
-                 bint update):
-    if not (is_like(x, companion, False) and is_like(x, out, True)
-            and is_plain_vector(gamma, channels) and is_plain_vector(beta, channels)
+cdef bint is_ordinary_out(cnp.ndarray x, companion, out, bint over_x, bint over_companion):
+    return (is_like(x, out, True)
+            and ((over_x and out is x) or not meet(out, x))
+            and ((over_companion and out is companion) or not may_meet(out, companion)))
+
+
+def are_ordinary(cnp.ndarray x, residual, out, bint over_x, bint over_residual, int64_t channels, gamma, beta,
+                 running_mean, running_var, bint update):
+    if not (is_plain_vector(gamma, channels) and is_plain_vector(beta, channels)
             and is_plain_vector(running_mean, channels) and is_plain_vector(running_var, channels)):
         return False
+    if residual is not None and not is_like(x, residual, False):
+        return False
     if update and (meet(running_mean, running_var) or meet(running_mean, x) or meet(running_var, x)
-                   or may_meet(running_mean, companion) or may_meet(running_var, companion)):
+                   or may_meet(running_mean, residual) or may_meet(running_var, residual)):
         return False
-    if out is None:
-        return True
-    if may_meet(out, running_mean) or may_meet(out, running_var):
-        return False
-    return not ((meet(out, x) and not (out is x and out is in_place))
-                or (may_meet(out, companion) and not (out is companion and out is in_place)))
+    return out is None or (is_ordinary_out(x, residual, out, over_x, over_residual)
+                           and not may_meet(out, running_mean) and not may_meet(out, running_var))
+
+
+def is_ordinary_gradient(cnp.ndarray x, dy, out):
+    return is_like(x, dy, False) and (out is None or is_ordinary_out(x, dy, out, False, True))
 
 
 def copy(int isa, int threads, destination, source, bint stream):

@@ -39,7 +39,7 @@ class Options(TypedDict, total=False):
     num_threads: int | None
 
 
-# In the order of Options, which is that in which `forward` unpacks them.
+# In the order of Options, which is that in which `_accept` unpacks them.
 DEFAULTS: Options = {
     "running_mean": None,
     "running_var": None,
@@ -184,11 +184,10 @@ def forward(
     if training and per_channel == 1:
         _check.several_values(x.shape, per_channel)
     keep_added = keep and residual is not None and act[0] in NEED_ARGUMENT
-    in_place = None if keep else x
     if (
         view is not None
         and view.dense
-        and _core.are_ordinary(x, residual, out, in_place, channels, gamma, beta, mean, var, update)
+        and _core.are_ordinary(x, residual, out, not keep, not keep_added, channels, gamma, beta, mean, var, update)
     ):
         data, strides = x, view.strides
         addend = None if residual is None else (residual, strides)
@@ -337,7 +336,7 @@ def backward(dy: Any, cache: BatchNormCache, out: Array | None, num_threads: int
         return _device.backward(dy, cache, out, num_threads)
     x, axis, view = cache._x, cache._axis, cache._view
     threads = _check.num_threads(num_threads)
-    if view.dense and cache._added is None and _core.are_ordinary(x, dy, out, dy, 0, None, None, None, None, False):
+    if view.dense and cache._added is None and _core.is_ordinary_gradient(x, dy, out):
         given = (dy, view.strides)
         target = (_core.empty_like(x) if out is None else out, view.strides)
     else:

@@ -100,6 +100,8 @@ cdef enum:
     UNIT_BYTES = 224 << 10
     LARGE_UNIT_BYTES = 192 << 10
     PHASE_UNIT_BYTES = 512 << 10
+    # Bytes of rows that are mapped before another thread is awake.
+    LEAST_UNIT_BYTES = 32 << 10
     # Units that a thread gets on average, at least where they can be cut so small; and ranges of units, at most: enough
     # to even out, few enough to cost nothing. A range of staggered groups begins and ends with one step by itself.
     UNITS_PER_THREAD = 4
@@ -176,7 +178,8 @@ cdef void phase(Job *job, Worker worker, int64_t units, int threads, bint backwa
     """Share the units 0 .. units-1 among the threads, in tasks of some that follow one another.
 
     Each thread begins with a part of its own, the same in every phase and call: its core has some of that in its
-    caches, and does not fetch ahead what another one is writing.
+    caches, and does not fetch ahead what another one is writing. If there are as many units for each thread, no task
+    has units of two parts.
     """
     cdef int64_t part, most = STAGGERED_TASKS_PER_THREAD if job.staggered else TASKS_PER_THREAD
     cdef int64_t tasks = min(units, most * threads), parts = min(threads, tasks)
@@ -415,7 +418,8 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
 
 cdef inline int64_t first_of(Job *job, int64_t group) noexcept nogil:
     """The first channel (or column) of a group. Planar groups are as equal as their grain permits, the larger ones of a
-    thread's share first: no group has more channels than the one before it, whose map goes beside its reduce."""
+    share first: within a share, which no task leaves (see `phase`), no group has more channels than the one before it,
+    whose map goes beside its reduce."""
     cdef int64_t grains, each, share, i, first, here
     if not job.planar:
         return group * job.group
@@ -667,9 +671,11 @@ cdef void cut(Job *job) noexcept nogil:
         job.groups = ceil_div(job.width, job.group)
     job.units = job.map_units = job.groups * job.blocks
     if not job.planar:
-        piece = max(1, UNIT_BYTES // (job.width * job.kernels.itemsize))
-        whole = max(1, ceil_div(ceil_div(rows, piece), job.threads)) * job.threads  # as many for each thread
-        job.map_rows = max(1, ceil_div(rows, whole))
+        piece = max(LEAST_UNIT_BYTES, min(UNIT_BYTES, total // job.threads))
+        job.map_rows = max(1, piece // (job.width * job.kernels.itemsize))
+        unit = ceil_div(rows, job.map_rows)
+        if unit > job.threads:  # as many for each thread
+            job.map_rows = ceil_div(rows, ceil_div(unit, job.threads) * job.threads)
         job.map_units = ceil_div(rows, job.map_rows) + (rows * job.fold < job.outer)
     # In the caches, six coefficients are not worth spreading for planes of some whole vectors.
     if (job.dy.data != NULL and job.reduce != NULL and not large and job.inner >= UNSPREAD_COLUMNS

@@ -190,12 +190,9 @@ _block_threads: ContextVar[int | None] = ContextVar("fastbn_threads", default=No
 
 @lru_cache(maxsize=1)
 def _process_threads() -> tuple[int, str, int]:
-    """The number for large work outside of `threads` blocks, where it comes from, and OpenMP's own limit if nobody has
-    lowered it."""
+    """The number for large work that the environment gives, why, and OpenMP's own limit if nobody has lowered it."""
     affinity, cpus = _available_cpus()
     limit = affinity if _omp_threads is None else _omp_threads
-    if _set_threads is not None:
-        return _set_threads, "set_num_threads", limit
     if _environment_threads is not None:
         return _environment_threads, "FASTBN_NUM_THREADS", limit
     if _omp_threads is not None:
@@ -220,6 +217,8 @@ def _default_threads() -> tuple[int, str]:
     block = _block_threads.get()
     if block is not None:
         preferred, source = block, "threads() block"
+    elif _set_threads is not None:
+        preferred, source = _set_threads, "set_num_threads"
     if limit < preferred and limit < untouched:
         return limit, "OpenMP limit lowered at run time"
     return preferred, source
@@ -244,7 +243,6 @@ def set_num_threads(n: int | None) -> None:
     """Set the default number of threads of the whole process; None goes back to the environment."""
     global _set_threads
     _set_threads = None if n is None else check_count("n", n)
-    _process_threads.cache_clear()
 
 
 def get_num_threads() -> int:

@@ -497,6 +497,23 @@ def test_validation_takes_options_that_it_remembers_for_no_others():
             call(unknown=None)
 
 
+def test_validation_of_a_gradient_that_is_none_or_the_kept_x():
+    x = make_random((2, 4, 6, 6), 1, np.float32)
+    _y, cache = fastbn.batchnorm_forward(x)
+    for out in (None, np.empty_like(x)):
+        with pytest.raises(ShapeError, match="dy: expected shape"):
+            fastbn.batchnorm_backward(None, cache, out=out)
+    with pytest.raises(AliasError, match="out: expected an array apart from x"):
+        fastbn.batchnorm_backward(x, cache, out=x)
+    with pytest.raises(AliasError, match="out: expected an array apart from x"):
+        fastbn.batchnorm2d_forward(x, residual=x, out=x)
+    layer = fastbn.BatchNorm2d(4)
+    layer(x)
+    with pytest.raises(ShapeError, match="dy: expected shape"):
+        layer.backward(None)
+    np.testing.assert_array_equal(x, make_random((2, 4, 6, 6), 1, np.float32))
+
+
 def test_validation_remembers_some_options_and_no_arrays():
     x = np.zeros((4, 3), np.float32)
     for i in range(100):
