@@ -181,7 +181,7 @@ def forward(
     dtype, channels, per_channel, view = _layout.plan(x, axis)
     if dtype is None:
         dtype = _check.supported_dtype("x", x.dtype)
-    if training and per_channel == 1:
+    if training:
         _check.several_values(x.shape, per_channel)
     keep_added = keep and residual is not None and act[0] in NEED_ARGUMENT
     if (

@@ -422,7 +422,7 @@ cdef inline int64_t first_of(Job *job, int64_t group) noexcept nogil:
     whose map goes beside its reduce."""
     cdef int64_t grains, each, share, i, first, here
     if not job.planar:
-        return group * job.group
+        return min(group * job.group, job.width)
     grains, each = ceil_div(job.channels, job.grain), job.groups // job.shares
     share, i = group // each, group % each
     first = share * grains // job.shares
@@ -432,7 +432,7 @@ cdef inline int64_t first_of(Job *job, int64_t group) noexcept nogil:
 
 cdef void reduce_units(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
     """A unit is one block of one group."""
-    cdef int64_t unit, group, block, row, column, channel, end, rows = job.outer // job.fold
+    cdef int64_t unit, group, block, row, channel, end, rows = job.outer // job.fold
     for unit in range(first, last):
         group = unit // job.blocks if job.planar else unit % job.groups
         channel, end = first_of(job, group), first_of(job, group + 1)
@@ -441,14 +441,14 @@ cdef void reduce_units(Job *job, int thread, int64_t first, int64_t last) noexce
         if job.planar:
             run_planar(job, job.reduce, thread, channel, end - channel, unit % job.blocks, False)
         else:
-            block, column = unit // job.groups, channel
+            block = unit // job.groups
             row = block * FASTBN_INTERLEAVED_BLOCK
-            clear_sums(job, block, column, min(job.group, job.width - column))
+            clear_sums(job, block, channel, end - channel)
             if row >= rows:
                 run_interleaved(job, job.reduce, thread, block, rows, rows + 1, 0, 0, False)
             else:
                 run_interleaved(job, job.reduce, thread, block, row, min(row + FASTBN_INTERLEAVED_BLOCK, rows),
-                                column, min(job.group, job.width - column), False)
+                                channel, end - channel, False)
 
 
 cdef void map_units(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
