@@ -77,7 +77,10 @@ cdef extern from "fastbn.h" nogil:
         void (*copy)(char *destination, const char *source, int64_t bytes, int stream) noexcept nogil
 
     int fastbn_isa_count()
-    int64_t fastbn_stream_bytes()
+    ctypedef struct fastbn_sizes:
+        int64_t stream, stream_by_channel, ask_ahead
+
+    const fastbn_sizes *fastbn_measured_sizes()
     const fastbn_isa *fastbn_get_isa(int index)
     int fastbn_isa_available(int index)
     int fastbn_dtype_count()
@@ -151,9 +154,9 @@ cpdef enum:
 OPENMP = bool(FASTBN_OPENMP)
 DEBUG = bool(FASTBN_IS_DEBUG)
 COMPILER = FASTBN_COMPILER.decode()
-MEASURED_STREAM_BYTES = fastbn_stream_bytes()
+MEASURED_STREAM_BYTES = fastbn_measured_sizes().stream
 
-cdef int64_t least_streamed = fastbn_stream_bytes()
+cdef int64_t least_streamed = MEASURED_STREAM_BYTES
 cdef cnp.dtype FLOAT64 = cnp.PyArray_DescrFromType(cnp.NPY_DOUBLE)
 
 include "_schedule.pxi"

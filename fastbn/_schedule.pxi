@@ -123,9 +123,6 @@ cdef enum:
     # Up to which the next group's fits such a cache too: backward's map, which reads two arrays, asks for it instead of
     # going beside its sums.
     NEXT_BYTES = 500 << 10
-    # Bytes of all arrays of a call from which planar sums ask ahead for what they read: about half of an L3 cache of 32
-    # MiB. In the caches, asking takes a fifth of the time of the sums.
-    ASK_BYTES = 16 << 20
     # Bytes of scratch that are kept for the next call.
     SPARE_BYTES = 16 << 20
 
@@ -612,6 +609,8 @@ cdef void cut(Job *job) noexcept nogil:
     cdef int64_t run = job.inner * job.kernels.itemsize, total = job.outer * job.channels * run, row_bytes, together
     cdef bint adjoining, large, one_by_one
     cdef const char *written
+    cdef const fastbn_sizes *measured = fastbn_measured_sizes()
+    cdef double least_large
     job.fold = fold_of(job.planar, job.channels)
     job.width = job.fold * job.channels
     job.packed = (is_strided(job, &job.x) or is_strided(job, &job.residual) or is_strided(job, &job.dy)
@@ -629,8 +628,11 @@ cdef void cut(Job *job) noexcept nogil:
     arrays = (1 + (job.residual.data != NULL) + (job.dy.data != NULL) + (job.y.data != NULL) + (job.dx.data != NULL)
               + (job.dresidual.data != NULL))
     all_bytes = total * arrays
-    # Too large for the caches together; earlier where they are read and written in short pieces, channel by channel.
-    large = all_bytes >= (job.stream_bytes // 4 * 3 if job.by_channel else job.stream_bytes)
+    # Too large for the caches together.
+    least_large = job.stream_bytes
+    if job.by_channel:
+        least_large *= <double>measured.stream_by_channel / measured.stream
+    large = all_bytes >= least_large
     if job.planar:
         if job.inner > job.segment:
             job.segments = ceil_div(job.inner, job.segment)
@@ -702,7 +704,7 @@ cdef void cut(Job *job) noexcept nogil:
                        or (not job.planar and has_whole_lines(job, &job.y) and has_whole_lines(job, &job.dx)
                            and has_whole_lines(job, &job.dresidual))))
     job.map_asks = large and job.reduce == NULL and job.dy.data == NULL
-    job.reduce_asks = all_bytes >= ASK_BYTES
+    job.reduce_asks = all_bytes >= measured.ask_ahead
 
 
 cdef inline int64_t aligned(int64_t size) noexcept nogil:

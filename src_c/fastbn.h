@@ -126,10 +126,15 @@ typedef struct fastbn_isa {
 int fastbn_isa_count(void);
 const fastbn_isa *fastbn_get_isa(int index);
 int fastbn_isa_available(int index); /* on this CPU and operating system */
-/* Bytes of all arrays of a call together from which stores go past the caches: where that was measured to pay, with
- * somebody who reads y next. AMD's have an L3 cache of 32 MiB for some cores (Zen 5, and about the same on Zen 3); for
- * others, what a Xeon gave for y alone. */
-int64_t fastbn_stream_bytes(void);
+
+/* From how many bytes of all arrays of a call together something pays on this processor, as measured. */
+typedef struct fastbn_sizes {
+    int64_t stream;            /* stores past the caches, with somebody who reads y next */
+    int64_t stream_by_channel; /* the same where channels are taken one after the other, in short pieces of memory */
+    int64_t ask_ahead;         /* fastbn_block.ask_ahead of planar sums */
+} fastbn_sizes;
+const fastbn_sizes *fastbn_measured_sizes(void);
+
 int fastbn_dtype_count(void);
 const char *fastbn_dtype_code(int index);
 const char *fastbn_dtype_name(int index);

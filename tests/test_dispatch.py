@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fastbn import _core
+
 SOURCES = Path(__file__).resolve().parent.parent / "src_c"
 X86_64 = re.findall(r"^FASTBN_ISA\(x86_64, (\w+),", (SOURCES / "isa.def").read_text(), re.MULTILINE)
 PROGRAM = """
@@ -19,7 +21,7 @@ int main(void)
     for (int i = 0; i < fastbn_isa_count(); i++) {
         if (fastbn_isa_available(i)) printf("%%s ", fastbn_get_isa(i)->name);
     }
-    printf("%%d", (int)(fastbn_stream_bytes() >> 20));
+    printf("%%d", (int)(fastbn_measured_sizes()->stream >> 20));
 }
 """
 
@@ -53,3 +55,21 @@ def test_dispatch_gives_a_processor_what_it_knows(dispatch, processor, expected)
     """qemu does not emulate AVX-512."""
     ran = subprocess.run(["qemu-x86_64", "-cpu", processor, dispatch], capture_output=True, text=True, check=True)
     assert ran.stdout == expected
+
+
+def test_dispatch_streams_from_what_was_measured_on_such_a_processor():
+    """This one, which may have what qemu does not emulate."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    vendor = re.search(r"^vendor_id\s*: (\w+)$", text, re.MULTILINE)
+    if not vendor:
+        pytest.skip("needs the x86-64 form of /proc/cpuinfo")
+    mib = 84
+    if vendor[1] == "AuthenticAMD":
+        mib = 22
+    elif vendor[1] == "GenuineIntel" and re.search(r"^flags.* avx512_fp16\b", text, re.MULTILINE):
+        mib = 48
+    measured = _core.MEASURED_STREAM_BYTES >> 20
+    assert measured == mib
