@@ -154,9 +154,12 @@ cpdef enum:
 OPENMP = bool(FASTBN_OPENMP)
 DEBUG = bool(FASTBN_IS_DEBUG)
 COMPILER = FASTBN_COMPILER.decode()
-MEASURED_STREAM_BYTES = fastbn_measured_sizes().stream
+# Once: a virtual machine is left for each question about its processor.
+cdef const fastbn_sizes *measured = fastbn_measured_sizes()
 
-cdef int64_t least_streamed = MEASURED_STREAM_BYTES
+MEASURED_STREAM_BYTES = measured.stream
+
+cdef int64_t least_streamed = measured.stream
 cdef cnp.dtype FLOAT64 = cnp.PyArray_DescrFromType(cnp.NPY_DOUBLE)
 
 include "_schedule.pxi"

@@ -609,7 +609,6 @@ cdef void cut(Job *job) noexcept nogil:
     cdef int64_t run = job.inner * job.kernels.itemsize, total = job.outer * job.channels * run, row_bytes, together
     cdef bint adjoining, large, one_by_one
     cdef const char *written
-    cdef const fastbn_sizes *measured = fastbn_measured_sizes()
     cdef double least_large
     job.fold = fold_of(job.planar, job.channels)
     job.width = job.fold * job.channels
