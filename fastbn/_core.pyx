@@ -154,7 +154,7 @@ cpdef enum:
 OPENMP = bool(FASTBN_OPENMP)
 DEBUG = bool(FASTBN_IS_DEBUG)
 COMPILER = FASTBN_COMPILER.decode()
-# Once: a virtual machine is left for each question about its processor.
+# Asked once: CPUID leaves a virtual machine for its host, which takes microseconds.
 cdef const fastbn_sizes *measured = fastbn_measured_sizes()
 
 MEASURED_STREAM_BYTES = measured.stream

@@ -137,7 +137,7 @@ def set_stream_bytes(nbytes: int | None) -> None:
 
     Those are the arrays of the size of x, read or written: x, y and a residual forward; x, dy, dx and what a residual
     adds backward. Where channels are taken one after the other (NCHW, training and backward, with channels enough for
-    all threads), three quarters of `nbytes` are enough, but on Intel's processors with AVX512-FP16.
+    all threads), three quarters of `nbytes` are enough, except on Intel's processors with AVX512-FP16.
 
     Parameters
     ----------

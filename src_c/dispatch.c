@@ -15,7 +15,7 @@ static int cpu_supports_f16c(void)
     return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
 }
 
-// Xeons since Sapphire Rapids
+// Intel's have it since Sapphire Rapids
 static int cpu_supports_avx512fp16(void)
 {
     unsigned a, b, c, d;
@@ -52,14 +52,14 @@ const fastbn_sizes *fastbn_measured_sizes(void)
 {
     enum { MIB = 1 << 20 };
 #if defined(__x86_64__)
-    // Zen 5, and about the same on Zen 3: an L3 cache of 32 MiB for some cores; asking there takes a fifth of the time
+    // Zen 5, and about the same on Zen 3: an L3 cache of 32 MiB for some cores. Asking there costs a fifth of the sums
     static const fastbn_sizes amd = {22 * MIB, 22 * MIB / 4 * 3, 16 * MIB};
     // Emerald Rapids: hundreds of MiB for many cores, nearly as far away as memory
     static const fastbn_sizes intel_with_fp16 = {48 * MIB, 48 * MIB, 2 * MIB};
     if (__builtin_cpu_is("amd")) return &amd;
     if (__builtin_cpu_is("intel") && cpu_supports_avx512fp16()) return &intel_with_fp16;
 #endif
-    // an older Xeon, for y alone
+    // an older Xeon: y of 32 MiB channel by channel, 42 MiB otherwise; when to ask is assumed
     static const fastbn_sizes others = {84 * MIB, 84 * MIB / 4 * 3, 16 * MIB};
     return &others;
 }

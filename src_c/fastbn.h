@@ -68,7 +68,7 @@ typedef struct fastbn_block {
     double negative_slope;
     int training;  /* backward_apply: whether mean and variance depend on x */
     int stream;    /* apply and backward_apply: store past the caches */
-    int ask_ahead; /* apply, and planar sums but for those beside a map's rows: x (dy) comes from memory, ask ahead */
+    int ask_ahead; /* apply, and planar sums but for those beside a map's rows: x (dy) comes from afar, ask ahead */
     /* planar: backward_apply, and sums beside an apply, ask for the same rows of as many channels that follow */
     int next_too;
     /* Planar sums ask for what is read next: so many rows from the first of this block on, then those of the next
@@ -127,7 +127,7 @@ int fastbn_isa_count(void);
 const fastbn_isa *fastbn_get_isa(int index);
 int fastbn_isa_available(int index); /* on this CPU and operating system */
 
-/* From how many bytes of all arrays of a call together something pays on this processor, as measured. */
+/* From how many bytes of all arrays of a call together something pays on this processor, as measured on its kind. */
 typedef struct fastbn_sizes {
     int64_t stream;            /* stores past the caches, with somebody who reads y next */
     int64_t stream_by_channel; /* the same where channels are taken one after the other, in short pieces of memory */

@@ -181,7 +181,7 @@ PATTERNS: list[tuple[str, str, str]] = [
     ("tail", r", n\)", ", n + 1)"),
     ("tail", r"\bkeep_head_f64\((.+), n\)", r"(\1)"),
     ("tail", r"\bwhole\b", "1"),
-    ("block", r"\b((?:\w+\.|\w+->)*\w*(?:block|rows|columns|segments|fold|group|units|plane|step|piece|STRIP|PIECE"
+    ("block", r"\b((?:\w+\.|\w+->)*\w*(?:block|rows|columns|segments|fold|group|units|plane|step|piece|strip|PIECE"
               r"|LANE_CHANNELS|_VALUES|_COLUMNS|_BYTES|_SUMS))\b(?= [-+*/%<>,]|[,);])", r"(\1 + 1)"),
     ("term", rf" [-+] {OPERAND}(?: [*/]/? {OPERAND})*", ""),
     ("factor", rf" [*/%]/? {OPERAND}", ""),

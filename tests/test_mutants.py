@@ -25,7 +25,7 @@ C = [
     ("constant", "EACH(j, 8) sum[j] += sum[j + 8];", "EACH(j, 8) sum[j] += sum[j + 9];"),
     ("lane", "values[k] = y;", "values[0] = y;"),
     ("lane", "x += FASTBN_LANES;", "x += (FASTBN_LANES / 2);"),
-    ("tail", "n = least(first + STRIP, rows);", "n = (rows);"),
+    ("tail", "n = least(first + strip, rows);", "n = (rows);"),
     ("tail", "store_head(p, v, n);", "store_head(p, v, n + 1);"),
     ("block", "for (; row < rows; row++) {", "for (; row < (rows + 1); row++) {"),
     ("term", "return a * b + c * d;", "return a * b;"),
