@@ -550,7 +550,12 @@ INLINE vec_f32 from_bf16(bits16 v)
 INLINE bits32 round_bf16(vec_f32 v)
 {
     const bits32 u = (bits32)v;
+#if defined(__AVX512F__)
+    const __mmask16 odd = _mm512_test_epi32_mask((__m512i)u, _mm512_set1_epi32(0x10000));
+    return (bits32)_mm512_mask_add_epi32((__m512i)(u + 0x7fff), odd, (__m512i)u, _mm512_set1_epi32(0x8000)) >> 16;
+#else
     return (u + 0x7fff + (u >> 16 & 1)) >> 16;
+#endif
 }
 
 INLINE bits16 to_bf16(vec_f32 v)
@@ -599,10 +604,13 @@ INLINE vec_f64 widen_f16(const uint16_t *p)
     return (vec_f64)_mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)));
 }
 
+/* One shuffle puts the values into the high halves: of what a load has put into both parts of a register. */
 INLINE vec_f64 widen_bf16(const uint16_t *p)
 {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
-    return (vec_f64)_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
+    const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+    const __m256i high = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,       //
+                                          -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+    return (vec_f64)_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_shuffle_epi8(twice, high)));
 }
 #elif defined(__AVX2__)
 INLINE vec_f64 widen_f16(const uint16_t *p)
@@ -612,8 +620,8 @@ INLINE vec_f64 widen_f16(const uint16_t *p)
 
 INLINE vec_f64 widen_bf16(const uint16_t *p)
 {
-    const __m128i wide = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)p));
-    return (vec_f64)_mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(wide, 16)));
+    const __m128i high = _mm_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7);
+    return (vec_f64)_mm256_cvtps_pd(_mm_castsi128_ps(_mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)p), high)));
 }
 #else
 INLINE vec_f64 widen_f16(const uint16_t *p)
@@ -680,18 +688,43 @@ HALF_PRECISION(bf16)
 VECTORS(f32, f32)
 VECTORS(f64, f64)
 VECTORS(f16, f32)
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__)
 /* In pairs: the halves of two vectors are put together and taken apart where they are, within 128 bits, in one
- * instruction each. */
-INLINE void load_vectors_bf16(const uint16_t *p, int vectors, vec_f32 *v)
+ * instruction each; another puts the runs of four in order. */
+#if defined(__AVX512F__)
+INLINE void load_pair_bf16(const uint16_t *p, vec_f32 *v)
 {
-    EACH(k, vectors / 2) {
-        const __m256i all = _mm256_loadu_si256((const __m256i *)(p + 2 * k * WIDTH_f32));
-        const __m256i pairs = _mm256_permute4x64_epi64(all, 0xd8), zero = _mm256_setzero_si256();
-        v[2 * k] = (vec_f32)_mm256_unpacklo_epi16(zero, pairs);
-        v[2 * k + 1] = (vec_f32)_mm256_unpackhi_epi16(zero, pairs);
-    }
-    if (vectors % 2) v[vectors - 1] = load_bf16(p + (vectors - 1) * WIDTH_f32);
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), zero = _mm512_setzero_si512();
+    const __m512i pair = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(p));
+    v[0] = (vec_f32)_mm512_unpacklo_epi16(zero, pair);
+    v[1] = (vec_f32)_mm512_unpackhi_epi16(zero, pair);
+}
+
+INLINE __m512i pair_bf16(const vec_f32 *v)
+{
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    return _mm512_permutexvar_epi64(order,
+                                    _mm512_packus_epi32((__m512i)round_bf16(v[0]), (__m512i)round_bf16(v[1])));
+}
+
+INLINE void store_pair_bf16(uint16_t *p, const vec_f32 *v)
+{
+    _mm512_storeu_si512(p, pair_bf16(v));
+}
+
+INLINE void stream_pair_bf16(uint16_t *p, const vec_f32 *v)
+{
+    const __m512i pair = pair_bf16(v); /* p is aligned to half of it */
+    _mm256_stream_si256((__m256i *)p, _mm512_castsi512_si256(pair));
+    _mm256_stream_si256((__m256i *)p + 1, _mm512_extracti64x4_epi64(pair, 1));
+}
+#else
+INLINE void load_pair_bf16(const uint16_t *p, vec_f32 *v)
+{
+    const __m256i all = _mm256_loadu_si256((const __m256i *)p);
+    const __m256i pair = _mm256_permute4x64_epi64(all, 0xd8), zero = _mm256_setzero_si256();
+    v[0] = (vec_f32)_mm256_unpacklo_epi16(zero, pair);
+    v[1] = (vec_f32)_mm256_unpackhi_epi16(zero, pair);
 }
 
 INLINE __m256i pair_bf16(const vec_f32 *v)
@@ -700,20 +733,34 @@ INLINE __m256i pair_bf16(const vec_f32 *v)
     return _mm256_permute4x64_epi64(pair, 0xd8);
 }
 
+INLINE void store_pair_bf16(uint16_t *p, const vec_f32 *v)
+{
+    _mm256_storeu_si256((__m256i *)p, pair_bf16(v));
+}
+
+INLINE void stream_pair_bf16(uint16_t *p, const vec_f32 *v)
+{
+    const __m256i pair = pair_bf16(v);
+    _mm_stream_si128((__m128i *)p, _mm256_castsi256_si128(pair));
+    _mm_stream_si128((__m128i *)p + 1, _mm256_extracti128_si256(pair, 1));
+}
+#endif
+
+INLINE void load_vectors_bf16(const uint16_t *p, int vectors, vec_f32 *v)
+{
+    EACH(k, vectors / 2) load_pair_bf16(p + 2 * k * WIDTH_f32, v + 2 * k);
+    if (vectors % 2) v[vectors - 1] = load_bf16(p + (vectors - 1) * WIDTH_f32);
+}
+
 INLINE void store_vectors_bf16(uint16_t *p, int vectors, const vec_f32 *v)
 {
-    EACH(k, vectors / 2) _mm256_storeu_si256((__m256i *)(p + 2 * k * WIDTH_f32), pair_bf16(v + 2 * k));
+    EACH(k, vectors / 2) store_pair_bf16(p + 2 * k * WIDTH_f32, v + 2 * k);
     if (vectors % 2) store_bf16(p + (vectors - 1) * WIDTH_f32, v[vectors - 1]);
 }
 
 INLINE void stream_vectors_bf16(uint16_t *p, int vectors, const vec_f32 *v)
 {
-    EACH(k, vectors / 2) {
-        const __m256i pair = pair_bf16(v + 2 * k);
-        __m128i *const to = (__m128i *)(p + 2 * k * WIDTH_f32);
-        _mm_stream_si128(to, _mm256_castsi256_si128(pair));
-        _mm_stream_si128(to + 1, _mm256_extracti128_si256(pair, 1));
-    }
+    EACH(k, vectors / 2) stream_pair_bf16(p + 2 * k * WIDTH_f32, v + 2 * k);
     if (vectors % 2) stream_bf16(p + (vectors - 1) * WIDTH_f32, v[vectors - 1]);
 }
 #else
