@@ -79,6 +79,7 @@ cdef extern from "fastbn.h" nogil:
     int fastbn_isa_count()
     ctypedef struct fastbn_sizes:
         int64_t stream, stream_by_channel, ask_ahead
+        int next_too
 
     const fastbn_sizes *fastbn_measured_sizes()
     const fastbn_isa *fastbn_get_isa(int index)

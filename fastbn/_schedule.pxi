@@ -120,8 +120,8 @@ cdef enum:
     # What reduce reads of a group from which on map does not find it in an L2 cache of half a megabyte; and up to which
     # sums beside forward's map ask a whole group ahead.
     STAGGERED_BYTES = 300 << 10
-    # Up to which the next group's fits such a cache too: backward's map, which reads two arrays, asks for it instead of
-    # going beside its sums.
+    # Up to which the next group's fits such a cache too: of large arrays backward's map, which reads two, asks for it
+    # instead of going beside its sums, where that pays; of others it does neither.
     NEXT_BYTES = 500 << 10
     # Bytes of scratch that are kept for the next call.
     SPARE_BYTES = 16 << 20
@@ -689,10 +689,11 @@ cdef void cut(Job *job) noexcept nogil:
     if job.dy.data == NULL:
         job.staggered = (one_by_one and (large or together >= STAGGERED_BYTES)
                          and (run >= LONG_RUN_BYTES or (adjoining and job.inner >= FASTBN_LANES)))
-        job.next_too = job.staggered and together < STAGGERED_BYTES
+        job.next_too = measured.next_too and job.staggered and together < STAGGERED_BYTES
     else:
-        job.staggered = one_by_one and run >= LONG_RUN_BYTES and 2 * together >= NEXT_BYTES
-        job.next_too = one_by_one and large and 2 * together < NEXT_BYTES
+        job.next_too = measured.next_too and one_by_one and large and 2 * together < NEXT_BYTES
+        job.staggered = (one_by_one and run >= LONG_RUN_BYTES and not job.next_too
+                         and (large or 2 * together >= NEXT_BYTES))
     # Streaming pays where the arrays are large; and where rows consist of whole lines of the cache, or are so long that
     # the lines at their ends do not matter.
     written = job.y.data if job.dy.data == NULL else job.dx.data
