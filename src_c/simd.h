@@ -547,20 +547,21 @@ INLINE vec_f32 from_bf16(bits16 v)
     return (vec_f32)(extend(v) << 16);
 }
 
+/* to the high halves; the low ones are left over */
 INLINE bits32 round_bf16(vec_f32 v)
 {
     const bits32 u = (bits32)v;
 #if defined(__AVX512F__)
     const __mmask16 odd = _mm512_test_epi32_mask((__m512i)u, _mm512_set1_epi32(0x10000));
-    return (bits32)_mm512_mask_add_epi32((__m512i)(u + 0x7fff), odd, (__m512i)u, _mm512_set1_epi32(0x8000)) >> 16;
+    return (bits32)_mm512_mask_add_epi32((__m512i)(u + 0x7fff), odd, (__m512i)u, _mm512_set1_epi32(0x8000));
 #else
-    return (u + 0x7fff + (u >> 16 & 1)) >> 16;
+    return u + 0x7fff + (u >> 16 & 1);
 #endif
 }
 
 INLINE bits16 to_bf16(vec_f32 v)
 {
-    return narrow(round_bf16(v));
+    return narrow(round_bf16(v) >> 16);
 }
 
 /* float16: the instructions of F16C round to nearest even and keep denormals, whatever the control register says; the
@@ -608,8 +609,8 @@ INLINE vec_f64 widen_f16(const uint16_t *p)
 INLINE vec_f64 widen_bf16(const uint16_t *p)
 {
     const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
-    const __m256i high = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,       //
-                                          -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+    const __m256i high = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1,
+                                          10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
     return (vec_f64)_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_shuffle_epi8(twice, high)));
 }
 #elif defined(__AVX2__)
@@ -669,102 +670,102 @@ INLINE vec_f64 widen_bf16(const uint16_t *p)
 HALF_PRECISION(f16)
 HALF_PRECISION(bf16)
 
-/* ---- several whole vectors of adjoining values ---- */
+/* ---- several whole vectors of adjoining values, in order, or in any that is the same wherever it is asked for ---- */
 
-#define VECTORS(dtype, arithmetic)                                                               \
-    INLINE void load_vectors_##dtype(const value_##dtype *p, int vectors, vec_##arithmetic *v)   \
-    {                                                                                            \
-        EACH(k, vectors) v[k] = load_##dtype(p + k * WIDTH_##arithmetic);                        \
-    }                                                                                            \
-    INLINE void store_vectors_##dtype(value_##dtype *p, int vectors, const vec_##arithmetic *v)  \
-    {                                                                                            \
-        EACH(k, vectors) store_##dtype(p + k * WIDTH_##arithmetic, v[k]);                        \
-    }                                                                                            \
-    INLINE void stream_vectors_##dtype(value_##dtype *p, int vectors, const vec_##arithmetic *v) \
-    {                                                                                            \
-        EACH(k, vectors) stream_##dtype(p + k * WIDTH_##arithmetic, v[k]);                       \
+#define VECTORS(dtype, arithmetic)                                                                              \
+    INLINE void load_vectors_##dtype(const value_##dtype *p, int vectors, int any_order, vec_##arithmetic *v)   \
+    {                                                                                                           \
+        (void)any_order;                                                                                        \
+        EACH(k, vectors) v[k] = load_##dtype(p + k * WIDTH_##arithmetic);                                       \
+    }                                                                                                           \
+    INLINE void store_vectors_##dtype(value_##dtype *p, int vectors, int any_order, const vec_##arithmetic *v)  \
+    {                                                                                                           \
+        (void)any_order;                                                                                        \
+        EACH(k, vectors) store_##dtype(p + k * WIDTH_##arithmetic, v[k]);                                       \
+    }                                                                                                           \
+    INLINE void stream_vectors_##dtype(value_##dtype *p, int vectors, int any_order, const vec_##arithmetic *v) \
+    {                                                                                                           \
+        (void)any_order;                                                                                        \
+        EACH(k, vectors) stream_##dtype(p + k * WIDTH_##arithmetic, v[k]);                                      \
     }
 
 VECTORS(f32, f32)
 VECTORS(f64, f64)
 VECTORS(f16, f32)
-#if defined(__AVX2__)
-/* In pairs: the halves of two vectors are put together and taken apart where they are, within 128 bits, in one
- * instruction each; another puts the runs of four in order. */
+
+/* bfloat16 in pairs of vectors. In any order, the even values are one and the odd ones the other. In order, their
+ * halves are put together and taken apart within 128 bits, in one instruction each, and runs of four put in order by
+ * another, if there is one. */
+INLINE void load_pair_bf16(const uint16_t *p, int any_order, vec_f32 *v)
+{
+    bits32 pair;
+    memcpy(&pair, p, sizeof pair);
+    if (any_order) {
+        v[0] = (vec_f32)(pair << 16);
+        v[1] = (vec_f32)(pair & 0xffff0000);
+        return;
+    }
 #if defined(__AVX512F__)
-INLINE void load_pair_bf16(const uint16_t *p, vec_f32 *v)
-{
     const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), zero = _mm512_setzero_si512();
-    const __m512i pair = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(p));
-    v[0] = (vec_f32)_mm512_unpacklo_epi16(zero, pair);
-    v[1] = (vec_f32)_mm512_unpackhi_epi16(zero, pair);
-}
-
-INLINE __m512i pair_bf16(const vec_f32 *v)
-{
-    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-    return _mm512_permutexvar_epi64(order,
-                                    _mm512_packus_epi32((__m512i)round_bf16(v[0]), (__m512i)round_bf16(v[1])));
-}
-
-INLINE void store_pair_bf16(uint16_t *p, const vec_f32 *v)
-{
-    _mm512_storeu_si512(p, pair_bf16(v));
-}
-
-INLINE void stream_pair_bf16(uint16_t *p, const vec_f32 *v)
-{
-    const __m512i pair = pair_bf16(v); /* p is aligned to half of it */
-    _mm256_stream_si256((__m256i *)p, _mm512_castsi512_si256(pair));
-    _mm256_stream_si256((__m256i *)p + 1, _mm512_extracti64x4_epi64(pair, 1));
-}
+    const __m512i ordered = _mm512_permutexvar_epi64(order, (__m512i)pair);
+    v[0] = (vec_f32)_mm512_unpacklo_epi16(zero, ordered);
+    v[1] = (vec_f32)_mm512_unpackhi_epi16(zero, ordered);
+#elif defined(__AVX2__)
+    const __m256i ordered = _mm256_permute4x64_epi64((__m256i)pair, 0xd8), zero = _mm256_setzero_si256();
+    v[0] = (vec_f32)_mm256_unpacklo_epi16(zero, ordered);
+    v[1] = (vec_f32)_mm256_unpackhi_epi16(zero, ordered);
 #else
-INLINE void load_pair_bf16(const uint16_t *p, vec_f32 *v)
-{
-    const __m256i all = _mm256_loadu_si256((const __m256i *)p);
-    const __m256i pair = _mm256_permute4x64_epi64(all, 0xd8), zero = _mm256_setzero_si256();
-    v[0] = (vec_f32)_mm256_unpacklo_epi16(zero, pair);
-    v[1] = (vec_f32)_mm256_unpackhi_epi16(zero, pair);
-}
-
-INLINE __m256i pair_bf16(const vec_f32 *v)
-{
-    const __m256i pair = _mm256_packus_epi32((__m256i)round_bf16(v[0]), (__m256i)round_bf16(v[1]));
-    return _mm256_permute4x64_epi64(pair, 0xd8);
-}
-
-INLINE void store_pair_bf16(uint16_t *p, const vec_f32 *v)
-{
-    _mm256_storeu_si256((__m256i *)p, pair_bf16(v));
-}
-
-INLINE void stream_pair_bf16(uint16_t *p, const vec_f32 *v)
-{
-    const __m256i pair = pair_bf16(v);
-    _mm_stream_si128((__m128i *)p, _mm256_castsi256_si128(pair));
-    _mm_stream_si128((__m128i *)p + 1, _mm256_extracti128_si256(pair, 1));
-}
+    EACH(k, 2) v[k] = load_bf16(p + k * WIDTH_f32);
 #endif
+}
 
-INLINE void load_vectors_bf16(const uint16_t *p, int vectors, vec_f32 *v)
+INLINE void store_pair_bf16(uint16_t *p, int any_order, int stream, const vec_f32 *v)
 {
-    EACH(k, vectors / 2) load_pair_bf16(p + 2 * k * WIDTH_f32, v + 2 * k);
+    const bits32 first = round_bf16(v[0]), second = round_bf16(v[1]);
+    bits32 pair = first >> 16 | (second & 0xffff0000);
+    if (!any_order) {
+#if defined(__AVX512F__)
+        const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+        const __m512i packed = _mm512_packus_epi32((__m512i)(first >> 16), (__m512i)(second >> 16));
+        pair = (bits32)_mm512_permutexvar_epi64(order, packed);
+#elif defined(__AVX2__)
+        const __m256i packed = _mm256_packus_epi32((__m256i)(first >> 16), (__m256i)(second >> 16));
+        pair = (bits32)_mm256_permute4x64_epi64(packed, 0xd8);
+#else
+        EACH(k, 2) store_bf16(p + k * WIDTH_f32, v[k]);
+        return;
+#endif
+    }
+    if (stream) { /* p is aligned to one of the two */
+#if defined(__AVX512F__)
+        _mm256_stream_si256((__m256i *)p, _mm512_castsi512_si256((__m512i)pair));
+        _mm256_stream_si256((__m256i *)p + 1, _mm512_extracti64x4_epi64((__m512i)pair, 1));
+        return;
+#elif defined(__AVX2__)
+        _mm_stream_si128((__m128i *)p, _mm256_castsi256_si128((__m256i)pair));
+        _mm_stream_si128((__m128i *)p + 1, _mm256_extracti128_si256((__m256i)pair, 1));
+        return;
+#endif
+    }
+    memcpy(p, &pair, sizeof pair);
+}
+
+INLINE void load_vectors_bf16(const uint16_t *p, int vectors, int any_order, vec_f32 *v)
+{
+    EACH(k, vectors / 2) load_pair_bf16(p + 2 * k * WIDTH_f32, any_order, v + 2 * k);
     if (vectors % 2) v[vectors - 1] = load_bf16(p + (vectors - 1) * WIDTH_f32);
 }
 
-INLINE void store_vectors_bf16(uint16_t *p, int vectors, const vec_f32 *v)
+INLINE void store_vectors_bf16(uint16_t *p, int vectors, int any_order, const vec_f32 *v)
 {
-    EACH(k, vectors / 2) store_pair_bf16(p + 2 * k * WIDTH_f32, v + 2 * k);
+    EACH(k, vectors / 2) store_pair_bf16(p + 2 * k * WIDTH_f32, any_order, 0, v + 2 * k);
     if (vectors % 2) store_bf16(p + (vectors - 1) * WIDTH_f32, v[vectors - 1]);
 }
 
-INLINE void stream_vectors_bf16(uint16_t *p, int vectors, const vec_f32 *v)
+INLINE void stream_vectors_bf16(uint16_t *p, int vectors, int any_order, const vec_f32 *v)
 {
-    EACH(k, vectors / 2) stream_pair_bf16(p + 2 * k * WIDTH_f32, v + 2 * k);
+    EACH(k, vectors / 2) store_pair_bf16(p + 2 * k * WIDTH_f32, any_order, 1, v + 2 * k);
     if (vectors % 2) stream_bf16(p + (vectors - 1) * WIDTH_f32, v[vectors - 1]);
 }
-#else
-VECTORS(bf16, f32)
-#endif
 
 #endif
