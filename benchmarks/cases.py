@@ -264,13 +264,13 @@ def expected_names(case: Case) -> list[str]:
     return ["dx", "dgamma", "dbeta"] + (["dresidual"] if case.residual else [])
 
 
-def difference(name: str, actual: Array, expected: Array, case: Case, scale: float) -> str | None:
-    """None if right, else what is wrong. Where an activation has its kink, a rounding decides: a few values may differ
-    there. `scale` is the size of large values."""
+def difference(name: str, actual: Array, expected: Array, case: Case, scale: float, dtype: str) -> str | None:
+    """None if right for a computation in this dtype, else what is wrong. Where an activation has its kink, a rounding
+    decides: a few values may differ there. `scale` is the size of large values."""
     if actual.shape != expected.shape:
         return f"{name} has shape {actual.shape}, expected {expected.shape}"
     flat, wanted = actual.reshape(-1), expected.reshape(-1)
-    tolerance = TOLERANCE[np_dtype(case.dtype).itemsize] * scale
+    tolerance = TOLERANCE[np_dtype(dtype).itemsize] * scale
     kind = np.float64 if case.dtype == "f64" else np.float32
     largest, wrong = 0.0, 0
     for first in range(0, flat.size, COMPARED):

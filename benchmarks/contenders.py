@@ -9,10 +9,11 @@ import numpy as np
 
 import fastbn
 from base import Call, Contender
-from cases import DTYPES, EPS, Array, Case, Data, activations, aligned_like
+from cases import DTYPES, EPS, Array, Case, Data, activations, aligned_copy, aligned_like, np_dtype
 from frameworks import Jax, OnnxRuntime, Torch, TorchCompiled
 from limit import Limit, LimitSerial, LimitStream
 from onednn import OneDNN, OneDNNBlocked
+from results import HALF_PRECISION
 
 
 class FastBN(Contender):
@@ -81,6 +82,27 @@ class FastBNRecycled(FastBN):
     def load(self) -> None:
         if not hasattr(fastbn, "set_cache_limit"):
             raise ImportError("this fastbn does not recycle outputs")
+
+
+class FastBNFloat16(FastBN):
+    """The same values in half the bytes."""
+
+    dtypes = ("f32",)
+    narrower = "f16"
+
+    def prepare(self, case: Case, data: Data) -> Call:
+        narrower = np_dtype(str(self.narrower))
+        for name in ("x", "dy", "residual"):
+            values = getattr(data, name)
+            if values is not None:
+                setattr(data, name, aligned_copy(values.astype(narrower), self.offset))
+        return super().prepare(case, data)
+
+
+class FastBNBFloat16(FastBNFloat16):
+    """Likewise."""
+
+    narrower = "bf16"
 
 
 class Numpy(Contender):
@@ -208,6 +230,8 @@ CONTENDERS: dict[str, type[Contender]] = {
     "fastbn-out": FastBN,
     "fastbn-recycled": FastBNRecycled,
     "fastbn-fresh": FastBNFresh,
+    "fastbn-f16": FastBNFloat16,
+    "fastbn-bf16": FastBNBFloat16,
     "torch": Torch,
     "torch-compiled": TorchCompiled,
     "onednn": OneDNN,
@@ -220,4 +244,5 @@ CONTENDERS: dict[str, type[Contender]] = {
 GROUPS = {
     "limit": ["limit-plain", "limit-stream", "limit-serial"],
     "fastbn": ["fastbn-out", "fastbn-recycled", "fastbn-fresh"],
+    "half": list(HALF_PRECISION),
 }

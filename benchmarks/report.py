@@ -14,7 +14,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pictures
-from results import LIMITS, Group, Result, Results, by_network, limit_of, load_all, paired, shares, totals
+from results import (
+    HALF_PRECISION,
+    LIMITS,
+    Group,
+    Result,
+    Results,
+    by_network,
+    limit_of,
+    load_all,
+    paired,
+    shares,
+    totals,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
@@ -135,6 +147,18 @@ def slower_table(results: Results) -> str:
     return table(["case", "faster contender", "than", "its time / ours"], rows) if rows else "None."
 
 
+def half_precision_table(results: Results) -> str:
+    """Float32's time, and how many times as fast half precision is, of the same rounds."""
+    rows = []
+    for result in results.cases:
+        ours = result.samples.get("fastbn-out")
+        if ours is not None:
+            ratios = [paired(ours, result.samples[n]) if n in result.samples else None for n in HALF_PRECISION]
+            cells = [f"{ratio[0]:.2f}x (spread {ratio[1]:.0%})" if ratio else "" for ratio in ratios]
+            rows.append([f"`{result.case.name}`", milliseconds(result.median("fastbn-out")), *cells])
+    return table(["case", "fastbn-out, ms", *HALF_PRECISION], rows)
+
+
 def skipped_list(results: Results) -> str:
     return "\n".join(f"* {line}" for line in results.skipped) or "None."
 
@@ -145,6 +169,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "totals": totals_table,
     "cases": cases_table,
     "slower": slower_table,
+    "half": half_precision_table,
     "skipped": skipped_list,
 }
 

@@ -31,7 +31,7 @@ import cases
 import machine
 from cases import Array, Case, Shape
 from contenders import CONTENDERS, GROUPS
-from results import Result, Results, Samples, limit_of, paired, shares, unsettled, worst_spread
+from results import HALF_PRECISION, Result, Results, Samples, limit_of, paired, shares, unsettled, worst_spread
 
 HERE = Path(__file__).resolve().parent
 MEMORY_SHARE = 0.9  # of what is available
@@ -298,7 +298,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="few rounds, short samples, and unless told otherwise few cases")
     add("--shapes", type=words, help="shape files (default resnet50,bn_inception), or layers as resnet50.bn2a")
-    add("--contenders", type=words, default=list(CONTENDERS), help="names, or the groups limit and fastbn")
+    everybody = [name for name in CONTENDERS if name not in HALF_PRECISION]
+    add("--contenders", type=words, default=everybody, help="names, or the groups limit, fastbn and half")
     add("--ops", type=words, default=list(cases.OPS), help=",".join(cases.OPS))
     add("--layout", type=words, default=list(cases.LAYOUTS), help=",".join(cases.LAYOUTS))
     add("--dtype", default="f32", choices=list(cases.DTYPES))

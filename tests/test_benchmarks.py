@@ -47,7 +47,7 @@ def measured(tmp_path_factory):
     (folder / "shapes" / "small.txt").write_text("# a comment\na 2 3 4 5 2\nb 4 16 2 2 1\n")
     path = folder / "results.json"
     options = ["--shapes-folder", folder / "shapes", "--shapes", "small", "--output", path, "--rounds", 3, "--idle", 0]
-    contenders = ["--contenders", "limit,fastbn,numpy"]
+    contenders = ["--contenders", "limit,fastbn,half,numpy"]
     output = start("run.py", "--quick", "--threads", 1, "--target", 0.01, *contenders, *options)
     return path, output
 
@@ -93,11 +93,24 @@ def test_benchmarks_a_wrong_result_is_noticed(suite):
     shape = cases.Shape("any", "any", 4, 3, 5, 5, 1)
     case = cases.Case("forward", "nchw", "f32", "identity", 1, shape)
     y = cases.right_results(cases.make_inputs(shape, "f32", ["forward"], "identity"), "forward", "identity")["y"]
-    assert cases.difference("y", y, y, case, 1.0) is None
+    assert cases.difference("y", y, y, case, 1.0, "f32") is None
     for value in (y.flat[7] + 0.1, np.nan):
         wrong = y.copy()
         wrong.flat[7] = value
-        assert "wrong at 1 values" in cases.difference("y", wrong, y, case, 1.0)
+        assert "wrong at 1 values" in cases.difference("y", wrong, y, case, 1.0, "f32")
+
+
+def test_benchmarks_half_precision_has_its_own_tolerance(suite):
+    """And may exceed the limit of float32."""
+    import cases
+    from results import unsettled
+
+    case = cases.Case("forward", "nchw", "f32", "identity", 1, cases.Shape("any", "any", 1, 1, 2, 2, 1))
+    right, rounded = np.ones((1, 1, 2, 2), np.float32), np.full((1, 1, 2, 2), 1.005, np.float32)
+    assert cases.difference("y", rounded, right, case, 1.0, "f32") is not None
+    assert cases.difference("y", rounded, right, case, 1.0, "bf16") is None
+    samples = {"limit-plain": [1.0] * 5, "fastbn-out": [1.25] * 5}
+    assert unsettled(samples | {"fastbn-bf16": [0.7] * 5}) is None
 
 
 def test_benchmarks_run(measured, suite):
@@ -107,7 +120,7 @@ def test_benchmarks_run(measured, suite):
     results = Results.load(path)
     assert len(results.cases) == 2 * 2 * 3, output
     for result in results.cases:
-        assert {"limit-plain", "fastbn-out", "fastbn-fresh", "numpy"} <= set(result.samples), output
+        assert {"limit-plain", "fastbn-out", "fastbn-fresh", "fastbn-f16", "numpy"} <= set(result.samples), output
         assert all(len(rounds) == 3 and min(rounds) > 0 for rounds in result.samples.values())
         assert result.case.name in output
     assert {"cpu", "caches", "governor", "commit", "python", "fastbn"} <= set(results.machine)
@@ -149,14 +162,14 @@ def test_benchmarks_report_fills_tables_and_draws(measured, tmp_path):
     pytest.importorskip("matplotlib")
     path, _ = measured
     (tmp_path / "docs").mkdir()
-    names = ("machine", "totals", "cases", "slower", "skipped")
+    names = ("machine", "totals", "cases", "half", "slower", "skipped")
     page = "".join(f"before\n<!-- benchmarks {name} -->\nold\n<!-- /benchmarks {name} -->\nafter\n" for name in names)
     (tmp_path / "docs" / "benchmarks.md").write_text(page)
     (tmp_path / "README.md").write_text("<!-- benchmarks readme --><!-- /benchmarks readme -->\n")
     for _ in range(2):  # what is filled can be filled again
         start("report.py", path, "--root", tmp_path)
         text = (tmp_path / "docs" / "benchmarks.md").read_text()
-        assert text.count("before") == text.count("after") == 5 and "old" not in text.split()
+        assert text.count("before") == text.count("after") == len(names) and "old" not in text.split()
         assert "`backward/nhwc-f32-identity/t1/small.b`" in text
     pictures = {picture.name for picture in (tmp_path / "docs" / "pictures").iterdir()}
     assert {"bars-small-f32-identity-t1.png", "roofline.png"} <= pictures
