@@ -154,12 +154,17 @@ class Driver:
                 self.skip(name, f"not enough memory beside the others for {case.shape.network}.{case.shape.layer}")
         return fitting
 
-    def prepare(self, case: Case) -> list[str]:
+    def prepare(self, case: Case, verify: bool) -> list[str]:
         ready = []
         for name in self.fitting(case):
             record = case.to_json()
             answer = self.ask(
-                name, "prepare", case_record=record, folder_name=str(self.folder), target=self.args.target
+                name,
+                "prepare",
+                case_record=record,
+                folder_name=str(self.folder),
+                target=self.args.target,
+                verify=verify,
             )
             if answer is None:
                 continue
@@ -170,9 +175,9 @@ class Driver:
             ready.append(name)
         return ready
 
-    def rounds(self, ready: Sequence[str]) -> Samples:
+    def rounds(self, ready: Sequence[str], count: int) -> Samples:
         samples: Samples = {name: [] for name in ready}
-        for _ in range(self.args.rounds):
+        for _ in range(count):
             for name in self.random.sample(list(samples), len(samples)):
                 time.sleep(self.args.idle)
                 answer = self.ask(name, "sample")
@@ -182,13 +187,25 @@ class Driver:
                     samples[name].append(answer["seconds"])
         return samples
 
+    def attempt(self, case: Case) -> Samples:
+        """All rounds, in parts for which the arrays are allocated anew: which pages they get is chance, and decides."""
+        parts: list[Samples] = []
+        for i in range(self.args.placements):
+            ready = self.prepare(case, verify=i == 0)
+            parts.append(self.rounds(ready, (self.args.rounds + i) // self.args.placements))
+            for name in [name for name in ready if name in self.processes]:
+                self.ask(name, "release")
+        names = [name for name in parts[0] if all(name in part for part in parts)]
+        return {name: [seconds for part in parts for seconds in part[name]] for name in names}
+
     def measure(self, case: Case) -> Result | None:
-        ready = self.prepare(case)
         best: Samples | None = None
         attempts = 0
-        while ready and attempts <= self.args.retries:
+        while attempts <= self.args.retries:
             attempts += 1
-            samples = self.rounds([name for name in ready if name in self.processes])
+            samples = self.attempt(case)
+            if not samples:
+                break
             if best is None or (unsettled(samples) is None, -worst_spread(samples)) > (
                 unsettled(best) is None,
                 -worst_spread(best),
@@ -197,8 +214,6 @@ class Driver:
             late = time.monotonic() - self.start > 60 * self.args.minutes
             if late or unsettled(samples) is None:
                 break
-        for name in [name for name in ready if name in self.processes]:
-            self.ask(name, "release")
         return Result(case, best, attempts, unsettled(best)) if best else None
 
     def write(self, arrays: dict[str, Array], layout: str) -> None:
@@ -307,6 +322,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=len(available), help="of every contender, on as many CPUs")
     add("--offset", type=int, default=0, help="bytes by which arrays miss an alignment of 64; 16 is NumPy's habit")
     add("--rounds", type=int, help="samples of each contender (default 15)")
+    add("--placements", type=int, help="how often in these rounds arrays are allocated anew (default 3)")
     add("--retries", type=int, default=1, help="how often a case that did not settle is measured again")
     add("--minutes", type=float, default=20, help="after these nothing is measured again")
     add("--idle", type=float, default=20, help="milliseconds before each sample (default 20)")
@@ -327,11 +343,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default = ["resnet50.bn3b", "tiny.cube8"] if args.quick else ["resnet50", "bn_inception"]
     args.shapes = default if args.shapes is None else args.shapes
     args.rounds = (5 if args.quick else 15) if args.rounds is None else args.rounds
+    args.placements = (1 if args.quick else 3) if args.placements is None else args.placements
     args.target = 1e-3 * ((1 if args.quick else 3) if args.target is None else args.target)
     args.idle *= 1e-3
     args.retries = 0 if args.quick else args.retries
-    if args.rounds < 1 or not args.shapes:
-        parser.error("--rounds and --shapes need at least one")
+    if not 1 <= args.placements <= args.rounds or not args.shapes:
+        parser.error("--rounds, --placements and --shapes need at least one, and no more placements than rounds")
     files = chosen(parser, "shapes", [word.split(".")[0] for word in args.shapes], cases.networks(args.shapes_folder))
     known = {name: cases.read_shapes(name, args.shapes_folder) for name in files}
     args.selected = []
@@ -357,6 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "threads",
         "offset",
         "rounds",
+        "placements",
         "retries",
         "idle",
         "target",

@@ -46,9 +46,20 @@ def measured(tmp_path_factory):
     (folder / "shapes").mkdir()
     (folder / "shapes" / "small.txt").write_text("# a comment\na 2 3 4 5 2\nb 4 16 2 2 1\n")
     path = folder / "results.json"
-    options = ["--shapes-folder", folder / "shapes", "--shapes", "small", "--output", path, "--rounds", 3, "--idle", 0]
+    options = [
+        "--shapes-folder",
+        folder / "shapes",
+        "--shapes",
+        "small",
+        "--output",
+        path,
+        "--rounds",
+        3,
+        "--placements",
+        2,
+    ]
     contenders = ["--contenders", "limit,fastbn,half,numpy"]
-    output = start("run.py", "--quick", "--threads", 1, "--target", 0.01, *contenders, *options)
+    output = start("run.py", "--quick", "--threads", 1, "--target", 0.01, "--idle", 0, *contenders, *options)
     return path, output
 
 
