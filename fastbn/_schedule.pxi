@@ -71,7 +71,8 @@ cdef struct Job:
     bint staggered    # and the map of a group beside the reduce of the next
     bint map_asks     # forward without sums: map reads memory, and asks for it ahead
     bint reduce_asks  # planar: reduce reads what the caches may not have any more, and asks for it ahead
-    bint next_too     # a group is small enough that what the reduce of the next will read is asked for with it
+    bint next_too     # a group is small enough that what the reduce of the next will read is asked for with it, and
+                      # that pays on this processor
     # scratch, one allocation
     char *taken  # tasks of each thread's part that have been taken, a line of the cache each
     double *sums
@@ -118,10 +119,10 @@ cdef enum:
     UNSPREAD_COLUMNS = 8 * FASTBN_LANES
     UNSPREAD_ROWS = 3
     # What reduce reads of a group from which on map does not find it in an L2 cache of half a megabyte; and up to which
-    # sums beside forward's map ask a whole group ahead.
+    # sums beside forward's map may ask a whole group ahead.
     STAGGERED_BYTES = 300 << 10
-    # Up to which the next group's fits such a cache too: of large arrays backward's map, which reads two, asks for it
-    # instead of going beside its sums, where that pays; of others it does neither.
+    # Up to which the next group's x and dy fit such a cache too. Of large arrays, backward's map then asks for them
+    # instead of going beside their sums, on processors where that pays. Of small arrays it does neither.
     NEXT_BYTES = 500 << 10
     # Bytes of scratch that are kept for the next call.
     SPARE_BYTES = 16 << 20
@@ -540,8 +541,8 @@ cdef void staggered_groups(Job *job, int thread, int64_t first, int64_t last) no
             block = job.blocks - 1 - i if (group - first) % 2 else i
             if group > first:
                 reduced = planar_block(job, channel, channels, block, False)
-                # Between the stores of map, asking for the same rows of the next channels pays more than for the next
-                # rows.
+                # Between the stores of map, asking for the same rows of the next channels may pay more than for the
+                # next rows.
                 reduced.next_too = job.next_too
                 reduced.rows_ahead, reduced.then_row = reduced.rows, 0
                 mapped = planar_block(job, channel - previous, previous, block, True)

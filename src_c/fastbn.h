@@ -127,13 +127,13 @@ int fastbn_isa_count(void);
 const fastbn_isa *fastbn_get_isa(int index);
 int fastbn_isa_available(int index); /* on this CPU and operating system */
 
-/* From how many bytes of all arrays of a call together something pays on this processor, and whether something does, as
- * measured on its kind. */
+/* What pays on this processor, as measured on its kind: sizes are bytes of all arrays of a call together, from which
+ * on. */
 typedef struct fastbn_sizes {
     int64_t stream;            /* stores past the caches, with somebody who reads y next */
     int64_t stream_by_channel; /* the same where channels are taken one after the other, in short pieces of memory */
     int64_t ask_ahead;         /* fastbn_block.ask_ahead of planar sums */
-    int next_too;              /* fastbn_block.next_too, of large arrays */
+    int next_too;              /* whether fastbn_block.next_too does, where stores go past the caches */
 } fastbn_sizes;
 const fastbn_sizes *fastbn_measured_sizes(void);
 

@@ -547,11 +547,11 @@ INLINE vec_f32 from_bf16(bits16 v)
     return (vec_f32)(extend(v) << 16);
 }
 
-/* to the high halves; the low ones are left over */
+/* in the high halves; what is in the low ones does not matter */
 INLINE bits32 round_bf16(vec_f32 v)
 {
     const bits32 u = (bits32)v;
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) /* one of two additions, instead of three operations that make what is added */
     const __mmask16 odd = _mm512_test_epi32_mask((__m512i)u, _mm512_set1_epi32(0x10000));
     return (bits32)_mm512_mask_add_epi32((__m512i)(u + 0x7fff), odd, (__m512i)u, _mm512_set1_epi32(0x8000));
 #else
@@ -605,7 +605,7 @@ INLINE vec_f64 widen_f16(const uint16_t *p)
     return (vec_f64)_mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)));
 }
 
-/* One shuffle puts the values into the high halves: of what a load has put into both parts of a register. */
+/* The load puts the same 8 values into both halves of a register; one shuffle spreads four of each to high halves. */
 INLINE vec_f64 widen_bf16(const uint16_t *p)
 {
     const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
@@ -670,7 +670,7 @@ INLINE vec_f64 widen_bf16(const uint16_t *p)
 HALF_PRECISION(f16)
 HALF_PRECISION(bf16)
 
-/* ---- several whole vectors of adjoining values, in order, or in any that is the same wherever it is asked for ---- */
+/* ---- several whole vectors of adjoining values: in the order of memory, or in any that load and store share ---- */
 
 #define VECTORS(dtype, arithmetic)                                                                              \
     INLINE void load_vectors_##dtype(const value_##dtype *p, int vectors, int any_order, vec_##arithmetic *v)   \
@@ -693,9 +693,8 @@ VECTORS(f32, f32)
 VECTORS(f64, f64)
 VECTORS(f16, f32)
 
-/* bfloat16 in pairs of vectors. In any order, the even values are one and the odd ones the other. In order, their
- * halves are put together and taken apart within 128 bits, in one instruction each, and runs of four put in order by
- * another, if there is one. */
+/* bfloat16 in pairs of vectors. In any order, one has the even values and the other the odd ones. In order, AVX2 and
+ * AVX-512 unpack and pack within 128 bits and move runs of four to their places; other ISAs take vector by vector. */
 INLINE void load_pair_bf16(const uint16_t *p, int any_order, vec_f32 *v)
 {
     bits32 pair;
@@ -721,22 +720,27 @@ INLINE void load_pair_bf16(const uint16_t *p, int any_order, vec_f32 *v)
 
 INLINE void store_pair_bf16(uint16_t *p, int any_order, int stream, const vec_f32 *v)
 {
+#if !defined(__AVX2__)
+    if (!any_order) {
+        EACH(k, 2) store_bf16(p + k * WIDTH_f32, v[k]);
+        return;
+    }
+#endif
     const bits32 first = round_bf16(v[0]), second = round_bf16(v[1]);
     bits32 pair = first >> 16 | (second & 0xffff0000);
-    if (!any_order) {
 #if defined(__AVX512F__)
+    if (!any_order) {
         const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
         const __m512i packed = _mm512_packus_epi32((__m512i)(first >> 16), (__m512i)(second >> 16));
         pair = (bits32)_mm512_permutexvar_epi64(order, packed);
+    }
 #elif defined(__AVX2__)
+    if (!any_order) {
         const __m256i packed = _mm256_packus_epi32((__m256i)(first >> 16), (__m256i)(second >> 16));
         pair = (bits32)_mm256_permute4x64_epi64(packed, 0xd8);
-#else
-        EACH(k, 2) store_bf16(p + k * WIDTH_f32, v[k]);
-        return;
-#endif
     }
-    if (stream) { /* p is aligned to one of the two */
+#endif
+    if (stream) { /* p is aligned to half of the pair */
 #if defined(__AVX512F__)
         _mm256_stream_si256((__m256i *)p, _mm512_castsi512_si256((__m512i)pair));
         _mm256_stream_si256((__m256i *)p + 1, _mm512_extracti64x4_epi64((__m512i)pair, 1));
