@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -181,7 +182,10 @@ def aligned(shape: tuple[int, ...], dtype: Any, offset: int = 0) -> Array:
     """Memory that starts `offset` bytes behind a multiple of ALIGNMENT, written, so that it exists."""
     dtype = np.dtype(dtype)
     nbytes = int(np.prod(shape)) * dtype.itemsize
-    memory = np.empty(nbytes + 2 * ALIGNMENT, np.uint8)  # NumPy asks for huge pages here, not in `zeros`
+    pages = mmap.mmap(-1, nbytes + 2 * ALIGNMENT)  # of its own: what malloc has from before is not placed anew
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # as NumPy does
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = np.frombuffer(pages, np.uint8)
     memory.fill(1)
     start = -memory.ctypes.data % ALIGNMENT + offset
     values: Array = memory[start : start + nbytes].view(dtype).reshape(shape)
@@ -266,7 +270,8 @@ def expected_names(case: Case) -> list[str]:
 
 def difference(name: str, actual: Array, expected: Array, case: Case, scale: float, dtype: str) -> str | None:
     """None if right for a computation in this dtype, else what is wrong. Where an activation has its kink, a rounding
-    decides: a few values may differ there. `scale` is the size of large values."""
+    decides: a few values may differ there, and more if inputs have been rounded to a narrower dtype than the case's.
+    `scale` is the size of large values."""
     if actual.shape != expected.shape:
         return f"{name} has shape {actual.shape}, expected {expected.shape}"
     flat, wanted = actual.reshape(-1), expected.reshape(-1)
@@ -280,5 +285,8 @@ def difference(name: str, actual: Array, expected: Array, case: Case, scale: flo
         if not part_largest <= tolerance:  # NaN, too
             wrong += int((~(error <= tolerance)).sum())
             largest = max(largest, part_largest)
-    allowed = 0 if case.function == "identity" else 2 + flat.size // 1_000_000
+    if dtype != case.dtype:
+        allowed = flat.size // 200
+    else:
+        allowed = 0 if case.function == "identity" else 2 + flat.size // 1_000_000
     return f"{name} is wrong at {wrong} values, by up to {largest:.3g}" if wrong > allowed else None

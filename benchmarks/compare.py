@@ -57,7 +57,8 @@ def compare(old: Results, new: Results, threshold: float, contenders: Sequence[s
             wanted = name in contenders if contenders else name.startswith("fastbn")
             if not wanted or name not in other.samples or (by_share and name in LIMITS):
                 continue
-            (was, was_spread), (now, now_spread) = speed(other, name, by_share), speed(result, name, by_share)
+            shared = by_share and name in shares(result.samples)
+            (was, was_spread), (now, now_spread) = speed(other, name, shared), speed(result, name, shared)
             changes.append(Change(result.case.name, name, now / was, max(threshold, was_spread, now_spread)))
     return changes
 

@@ -62,6 +62,10 @@ class FastBN(Contender):
             return [returned]
         return [*returned] + ([returned.dresidual] if case.residual else [])
 
+    def release(self) -> None:
+        if hasattr(fastbn, "empty_cache"):
+            fastbn.empty_cache()
+
 
 class FastBNFresh(FastBN):
     """A new output per call, nothing recycled."""
@@ -85,22 +89,24 @@ class FastBNRecycled(FastBN):
 
 
 class FastBNFloat16(FastBN):
-    """The same values in half the bytes."""
+    """The values of float32, rounded, in half the bytes."""
 
     dtypes = ("f32",)
-    narrower = "f16"
+    narrower: str = "f16"
+
+    def load(self) -> None:
+        self._dtype = np_dtype(self.narrower)
 
     def prepare(self, case: Case, data: Data) -> Call:
-        narrower = np_dtype(str(self.narrower))
-        for name in ("x", "dy", "residual"):
+        for name in ("x", "dy", "residual"):  # in place of the wide ones, which need not stay
             values = getattr(data, name)
             if values is not None:
-                setattr(data, name, aligned_copy(values.astype(narrower), self.offset))
+                setattr(data, name, aligned_copy(values.astype(self._dtype), self.offset))
         return super().prepare(case, data)
 
 
 class FastBNBFloat16(FastBNFloat16):
-    """Likewise."""
+    """The same with the range of float32."""
 
     narrower = "bf16"
 

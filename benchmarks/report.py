@@ -103,7 +103,8 @@ def totals_table(results: Results) -> str:
             if name not in sums:
                 cells.append("")
                 continue
-            share = f" ({paired(sums['limit'], sums[name])[0]:.2f})" if "limit" in sums else ""
+            has_share = "limit" in sums and name not in HALF_PRECISION
+            share = f" ({paired(sums['limit'], sums[name])[0]:.2f})" if has_share else ""
             cells.append(f"{milliseconds(sorted(sums[name])[len(sums[name]) // 2])}{share}")
         limit = milliseconds(sorted(sums["limit"])[len(sums["limit"]) // 2]) if "limit" in sums else ""
         rows.append([title(group), limit, *cells])
@@ -148,15 +149,18 @@ def slower_table(results: Results) -> str:
 
 
 def half_precision_table(results: Results) -> str:
-    """Float32's time, and how many times as fast half precision is, of the same rounds."""
+    """Float32's time, and how many times as fast half precision is in the same rounds."""
     rows = []
     for result in results.cases:
-        ours = result.samples.get("fastbn-out")
-        if ours is not None:
-            ratios = [paired(ours, result.samples[n]) if n in result.samples else None for n in HALF_PRECISION]
-            cells = [f"{ratio[0]:.2f}x (spread {ratio[1]:.0%})" if ratio else "" for ratio in ratios]
-            rows.append([f"`{result.case.name}`", milliseconds(result.median("fastbn-out")), *cells])
-    return table(["case", "fastbn-out, ms", *HALF_PRECISION], rows)
+        if "fastbn-out" not in result.samples or not set(HALF_PRECISION) & set(result.samples):
+            continue
+        ours = result.samples["fastbn-out"]
+        ratios = [paired(ours, result.samples[name]) if name in result.samples else None for name in HALF_PRECISION]
+        cells = [f"{ratio[0]:.2f}x (spread {ratio[1]:.0%})" if ratio else "" for ratio in ratios]
+        time = milliseconds(result.median("fastbn-out")) + ("*" if result.unsettled else "")
+        rows.append([f"`{result.case.name}`", time, *cells])
+    note = "\n\n* measured again without settling."
+    return table(["case", "fastbn-out, ms", *HALF_PRECISION], rows) + note
 
 
 def skipped_list(results: Results) -> str:

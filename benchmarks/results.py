@@ -43,17 +43,14 @@ def shares(samples: Samples) -> dict[str, tuple[float, float]]:
     limit = limit_of(samples)
     if limit is None:
         return {}
-    return {name: paired(limit, rounds) for name, rounds in samples.items() if name not in LIMITS}
-
-
-def must_settle(name: str) -> bool:
-    return name.startswith("fastbn") and name not in HALF_PRECISION
+    others = (*LIMITS, *HALF_PRECISION)
+    return {name: paired(limit, rounds) for name, rounds in samples.items() if name not in others}
 
 
 def unsettled(samples: Samples) -> str | None:
     """Why this must be measured again: what a share of fastbn shows."""
     for name, (share, spread) in shares(samples).items():
-        if must_settle(name):
+        if name.startswith("fastbn"):
             if share > SHARE_TOO_HIGH:
                 return f"{name} at {share:.2f} of its limit"
             if spread > SPREAD_TOO_WIDE:
@@ -62,7 +59,7 @@ def unsettled(samples: Samples) -> str | None:
 
 
 def worst_spread(samples: Samples) -> float:
-    return max((spread for name, (_, spread) in shares(samples).items() if must_settle(name)), default=0.0)
+    return max((spread for name, (_, spread) in shares(samples).items() if name.startswith("fastbn")), default=0.0)
 
 
 @dataclass

@@ -154,9 +154,9 @@ class Driver:
                 self.skip(name, f"not enough memory beside the others for {case.shape.network}.{case.shape.layer}")
         return fitting
 
-    def prepare(self, case: Case, verify: bool) -> list[str]:
+    def prepare(self, case: Case, names: Sequence[str], verify: bool) -> list[str]:
         ready = []
-        for name in self.fitting(case):
+        for name in names:
             record = case.to_json()
             answer = self.ask(
                 name,
@@ -166,14 +166,18 @@ class Driver:
                 target=self.args.target,
                 verify=verify,
             )
-            if answer is None:
+            if answer is not None and "unsupported" not in answer:
+                ready.append(name)
                 continue
-            if "unsupported" in answer:
-                if not name.startswith("limit"):
-                    self.skip(name, f"{answer['unsupported']} ({case.op}, {case.layout})")
-                continue
-            ready.append(name)
+            if answer is not None and not name.startswith("limit"):
+                self.skip(name, f"{answer['unsupported']} ({case.op}, {case.layout})")
+            self.release([name])
         return ready
+
+    def release(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name in self.processes:
+                self.ask(name, "release")
 
     def rounds(self, ready: Sequence[str], count: int) -> Samples:
         samples: Samples = {name: [] for name in ready}
@@ -188,13 +192,15 @@ class Driver:
         return samples
 
     def attempt(self, case: Case) -> Samples:
-        """All rounds, in parts for which the arrays are allocated anew: which pages they get is chance, and decides."""
+        """All rounds, in parts for which the arrays are allocated anew: which physical pages they get is chance, and
+        changes the time for as long as they live."""
         parts: list[Samples] = []
+        ready = self.fitting(case)
         for i in range(self.args.placements):
-            ready = self.prepare(case, verify=i == 0)
+            ready = self.prepare(case, ready, verify=i == 0)
             parts.append(self.rounds(ready, (self.args.rounds + i) // self.args.placements))
-            for name in [name for name in ready if name in self.processes]:
-                self.ask(name, "release")
+            self.release(ready)
+            ready = [name for name in ready if name in self.processes]
         names = [name for name in parts[0] if all(name in part for part in parts)]
         return {name: [seconds for part in parts for seconds in part[name]] for name in names}
 
@@ -343,12 +349,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default = ["resnet50.bn3b", "tiny.cube8"] if args.quick else ["resnet50", "bn_inception"]
     args.shapes = default if args.shapes is None else args.shapes
     args.rounds = (5 if args.quick else 15) if args.rounds is None else args.rounds
-    args.placements = (1 if args.quick else 3) if args.placements is None else args.placements
+    args.placements = min(1 if args.quick else 3, args.rounds) if args.placements is None else args.placements
     args.target = 1e-3 * ((1 if args.quick else 3) if args.target is None else args.target)
     args.idle *= 1e-3
     args.retries = 0 if args.quick else args.retries
-    if not 1 <= args.placements <= args.rounds or not args.shapes:
-        parser.error("--rounds, --placements and --shapes need at least one, and no more placements than rounds")
+    if args.rounds < 1 or not args.shapes:
+        parser.error("--rounds and --shapes need at least one")
+    if not 1 <= args.placements <= args.rounds:
+        parser.error("--placements: from one to as many as rounds")
     files = chosen(parser, "shapes", [word.split(".")[0] for word in args.shapes], cases.networks(args.shapes_folder))
     known = {name: cases.read_shapes(name, args.shapes_folder) for name in files}
     args.selected = []

@@ -1,9 +1,9 @@
 """One contender in a process of its own. It reads commands, one JSON object per line, and answers each with one line.
 
-hello                      -> versions, or why the contender is missing
-prepare case folder target verify -> calls per sample, or why it cannot do this case, or what is wrong with its result
-sample                     -> seconds per call
-release                    -> forgets the case
+hello                              -> versions, or why the contender is missing
+prepare case folder target verify  -> calls per sample, or why it cannot do this case, or what is wrong with its result
+sample                             -> seconds per call
+release                            -> forgets the case
 """
 
 from __future__ import annotations
@@ -54,9 +54,11 @@ class Worker:
             self.call = self.contender.prepare(case, self.data)
         except UnsupportedError as reason:
             return {"unsupported": str(reason)}
-        wrong = self._verify(self.call, case, folder) if verify else None
+        returned = self.call()  # compiles, for some
+        wrong = self._verify(returned, case, folder) if verify else None
         if wrong:
             return {"wrong": wrong}
+        del returned
         gc.collect()
         seconds = self._time(1)
         if seconds < 10 * target:  # the first calls wake threads, which may take the system's clock tick
@@ -64,8 +66,7 @@ class Worker:
         self.calls = max(1, min(MOST_CALLS, round(target / max(seconds, 1e-9))))
         return {"calls": self.calls}
 
-    def _verify(self, call: Call, case: Case, folder: Path) -> str | None:
-        returned = call()
+    def _verify(self, returned: Any, case: Case, folder: Path) -> str | None:
         if not self.contender.verified:
             return None
         names = expected_names(case)

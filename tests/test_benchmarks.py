@@ -1,5 +1,6 @@
 """The benchmark suite works: shapes, a tiny run, its report, and a comparison. Its numbers are not tested."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -124,6 +125,69 @@ def test_benchmarks_half_precision_has_its_own_tolerance(suite):
     assert unsettled(samples | {"fastbn-bf16": [0.7] * 5}) is None
 
 
+@pytest.mark.parametrize("activation", ["identity", "relu", "add+relu"])
+def test_benchmarks_half_precision_of_every_kind_is_right(suite, tmp_path, activation):
+    """Rounding x moves some values over the kink, and a channel's two values together."""
+    pytest.importorskip("ml_dtypes")
+    (tmp_path / "kinds.txt").write_text("many 4 8 28 28 1\ntwo 2 512 1 1 1\n")
+    path = tmp_path / "results.json"
+    options = ["--shapes-folder", tmp_path, "--shapes", "kinds", "--output", path, "--rounds", 1, "--idle", 0]
+    output = start(
+        "run.py", "--quick", "--contenders", "half", "--activation", activation, "--layout", "nchw", *options
+    )
+    cases = json.loads(path.read_text())["cases"]
+    assert [set(case["seconds"]) for case in cases] == [{"fastbn-f16", "fastbn-bf16"}] * 6, output
+
+
+def test_benchmarks_half_precision_table_has_ratios_of_the_same_rounds(suite):
+    from cases import Case, Shape
+    from report import half_precision_table
+    from results import Result, Results
+
+    case = Case("forward", "nchw", "f32", "identity", 1, Shape("net", "a", 2, 3, 4, 5, 1))
+    with_half = Result(case, {"fastbn-out": [2e-3] * 3, "fastbn-f16": [1e-3] * 3}, unsettled="it was not")
+    table = half_precision_table(Results(cases=[with_half, Result(case, {"fastbn-out": [1e-3] * 3})]))
+    rows = [line for line in table.splitlines() if "net.a" in line]
+    assert rows == [f"| `{case.name}` | 2* | 2.00x (spread 0%) |  |"]
+
+
+def test_benchmarks_allocate_anew_for_every_part_of_the_rounds(suite, tmp_path):
+    """Who fails is asked no more, and everybody who is ready has all rounds."""
+    from cases import Case, Shape
+    from results import Results
+    from run import Driver, parse
+
+    asked = []
+
+    class Fake(Driver):
+        def fitting(self, case):
+            return list(self.processes)
+
+        def ask(self, name, do, **arguments):
+            asked.append((name, do, arguments.get("verify")))
+            return None if (name, do) == ("wrong", "prepare") else {"seconds": 1.0}
+
+    driver = Fake(parse(["--rounds", "7", "--placements", "3", "--idle", "0"]), Results(), tmp_path)
+    driver.processes = dict.fromkeys(("right", "wrong"))
+    case = Case("forward", "nchw", "f32", "identity", 1, Shape("net", "a", 2, 3, 4, 5, 1))
+    assert driver.attempt(case) == {"right": [1.0] * 7}
+    assert [verify for name, do, verify in asked if (name, do) == ("right", "prepare")] == [True, False, False]
+    assert [(name, do) for name, do, _ in asked if name == "wrong"] == [("wrong", "prepare"), ("wrong", "release")]
+    assert [do for name, do, _ in asked if name == "right"].count("release") == 3
+
+
+def test_benchmarks_half_precision_is_asked_for(suite, capsys):
+    from results import HALF_PRECISION
+    from run import parse
+
+    assert not set(HALF_PRECISION) & set(parse([]).contenders)
+    assert parse(["--contenders", "half"]).contenders == list(HALF_PRECISION)
+    assert (parse([]).placements, parse(["--rounds", "2"]).placements, parse(["--quick"]).placements) == (3, 2, 1)
+    with pytest.raises(SystemExit):
+        parse(["--rounds", "2", "--placements", "3"])
+    assert "--placements" in capsys.readouterr().err
+
+
 def test_benchmarks_run(measured, suite):
     from results import Results
 
@@ -132,6 +196,7 @@ def test_benchmarks_run(measured, suite):
     assert len(results.cases) == 2 * 2 * 3, output
     for result in results.cases:
         assert {"limit-plain", "fastbn-out", "fastbn-fresh", "fastbn-f16", "numpy"} <= set(result.samples), output
+        assert "fastbn-bf16" in result.samples or importlib.util.find_spec("ml_dtypes") is None, output
         assert all(len(rounds) == 3 and min(rounds) > 0 for rounds in result.samples.values())
         assert result.case.name in output
     assert {"cpu", "caches", "governor", "commit", "python", "fastbn"} <= set(results.machine)
