@@ -71,8 +71,7 @@ cdef struct Job:
     bint staggered    # and the map of a group beside the reduce of the next
     bint map_asks     # forward without sums: map reads memory, and asks for it ahead
     bint reduce_asks  # planar: reduce reads what the caches may not have any more, and asks for it ahead
-    bint next_too     # a group is small enough that what the reduce of the next will read is asked for with it, and
-                      # that pays on this processor
+    bint next_too     # what the reduce of the next group will read is asked for: it is small, and this processor gains
     # scratch, one allocation
     char *taken  # tasks of each thread's part that have been taken, a line of the cache each
     double *sums
