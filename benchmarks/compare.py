@@ -52,13 +52,12 @@ def compare(old: Results, new: Results, threshold: float, contenders: Sequence[s
         other = before.get(result.case.name)
         if other is None:
             continue
-        by_share = bool(shares(result.samples)) and bool(shares(other.samples))
+        by_share = shares(result.samples).keys() & shares(other.samples).keys()
         for name in result.samples:
             wanted = name in contenders if contenders else name.startswith("fastbn")
             if not wanted or name not in other.samples or (by_share and name in LIMITS):
                 continue
-            shared = by_share and name in shares(result.samples)
-            (was, was_spread), (now, now_spread) = speed(other, name, shared), speed(result, name, shared)
+            (was, was_spread), (now, now_spread) = (speed(r, name, name in by_share) for r in (other, result))
             changes.append(Change(result.case.name, name, now / was, max(threshold, was_spread, now_spread)))
     return changes
 

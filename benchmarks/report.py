@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
 # networks whose totals stand in the README
 README_NETWORKS = ("resnet50", "bn_inception")
+UNSETTLED = "* measured again without settling."
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---:") -> str:
@@ -115,7 +116,7 @@ def cases_table(results: Results) -> str:
     """Every case: the limit, the best of fastbn's shares, everything else relative to fastbn's own kind of output."""
     names = contenders_of(results)
     rows = [[f"`{result.case.name}`", *case_cells(result, names)] for result in results.cases]
-    note = "\n\nMilliseconds; in brackets the share of the limit. * measured again without settling."
+    note = f"\n\nMilliseconds; in brackets the share of the limit. {UNSETTLED}"
     return table(["case", "limit GB/s", *names], rows) + note
 
 
@@ -159,8 +160,7 @@ def half_precision_table(results: Results) -> str:
         cells = [f"{ratio[0]:.2f}x (spread {ratio[1]:.0%})" if ratio else "" for ratio in ratios]
         time = milliseconds(result.median("fastbn-out")) + ("*" if result.unsettled else "")
         rows.append([f"`{result.case.name}`", time, *cells])
-    note = "\n\n* measured again without settling."
-    return table(["case", "fastbn-out, ms", *HALF_PRECISION], rows) + note
+    return table(["case", "fastbn-out, ms", *HALF_PRECISION], rows) + f"\n\n{UNSETTLED}"
 
 
 def skipped_list(results: Results) -> str:

@@ -740,18 +740,13 @@ INLINE void store_pair_bf16(uint16_t *p, int any_order, int stream, const vec_f3
         pair = (bits32)_mm256_permute4x64_epi64(packed, 0xd8);
     }
 #endif
-    if (stream) { /* p is aligned to half of the pair */
-#if defined(__AVX512F__)
-        _mm256_stream_si256((__m256i *)p, _mm512_castsi512_si256((__m512i)pair));
-        _mm256_stream_si256((__m256i *)p + 1, _mm512_extracti64x4_epi64((__m512i)pair, 1));
-        return;
-#elif defined(__AVX2__)
-        _mm_stream_si128((__m128i *)p, _mm256_castsi256_si128((__m256i)pair));
-        _mm_stream_si128((__m128i *)p + 1, _mm256_extracti128_si256((__m256i)pair, 1));
-        return;
-#endif
+    if (stream) {
+        bits16 halves[2];
+        memcpy(halves, &pair, sizeof pair);
+        EACH(k, 2) stream_bits16(p + k * WIDTH_f32, halves[k]);
+    } else {
+        memcpy(p, &pair, sizeof pair);
     }
-    memcpy(p, &pair, sizeof pair);
 }
 
 INLINE void load_vectors_bf16(const uint16_t *p, int vectors, int any_order, vec_f32 *v)
