@@ -28,15 +28,12 @@ class Contender:
         whether memory suffices.
     dtypes, functions, residual
         What it can do: dtype codes, activations, and whether it adds a residual before them.
-    narrower : str, optional
-        The dtype code in which it takes the values of a case instead.
     """
 
     buffers: ClassVar[dict[str, int]] = {"forward": 3, "inference": 3, "backward": 5}
     dtypes: tuple[str, ...] = ("f32", "f64")
     functions: tuple[str, ...] = ("identity", "relu")
     residual = True
-    narrower: str | None = None
     verified = True  # False: nothing is computed, there is no result to check
 
     def __init__(self, threads: int, offset: int) -> None:

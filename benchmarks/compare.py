@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from results import LIMITS, Result, Results, shares
+from results import Result, Results, is_limit, shares
 
 THRESHOLD = 0.10
 
@@ -55,7 +55,7 @@ def compare(old: Results, new: Results, threshold: float, contenders: Sequence[s
         by_share = shares(result.samples).keys() & shares(other.samples).keys()
         for name in result.samples:
             wanted = name in contenders if contenders else name.startswith("fastbn")
-            if not wanted or name not in other.samples or (by_share and name in LIMITS):
+            if not wanted or name not in other.samples or (by_share and is_limit(name)):
                 continue
             (was, was_spread), (now, now_spread) = (speed(r, name, name in by_share) for r in (other, result))
             changes.append(Change(result.case.name, name, now / was, max(threshold, was_spread, now_spread)))

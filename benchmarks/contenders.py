@@ -9,11 +9,11 @@ import numpy as np
 
 import fastbn
 from base import Call, Contender
-from cases import DTYPES, EPS, Array, Case, Data, activations, aligned_copy, aligned_like, np_dtype
+from cases import DTYPES, EPS, Array, Case, Data, activations, aligned_like
 from frameworks import Jax, OnnxRuntime, Torch, TorchCompiled
-from limit import Limit, LimitSerial, LimitStream
+from limit import Limit, LimitSerial, LimitStream, ReadPass
 from onednn import OneDNN, OneDNNBlocked
-from results import HALF_PRECISION
+from results import LIMITS, READ_PASS
 
 
 class FastBN(Contender):
@@ -86,29 +86,6 @@ class FastBNRecycled(FastBN):
     def load(self) -> None:
         if not hasattr(fastbn, "set_cache_limit"):
             raise ImportError("this fastbn does not recycle outputs")
-
-
-class FastBNFloat16(FastBN):
-    """The values of float32, rounded, in half the bytes."""
-
-    dtypes = ("f32",)
-    narrower: str = "f16"
-
-    def load(self) -> None:
-        self._dtype = np_dtype(self.narrower)
-
-    def prepare(self, case: Case, data: Data) -> Call:
-        for name in ("x", "dy", "residual"):  # in place of the wide ones, which need not stay
-            values = getattr(data, name)
-            if values is not None:
-                setattr(data, name, aligned_copy(values.astype(self._dtype), self.offset))
-        return super().prepare(case, data)
-
-
-class FastBNBFloat16(FastBNFloat16):
-    """The same with the range of float32."""
-
-    narrower = "bf16"
 
 
 class Numpy(Contender):
@@ -233,11 +210,10 @@ CONTENDERS: dict[str, type[Contender]] = {
     "limit-plain": Limit,
     "limit-stream": LimitStream,
     "limit-serial": LimitSerial,
+    READ_PASS: ReadPass,
     "fastbn-out": FastBN,
     "fastbn-recycled": FastBNRecycled,
     "fastbn-fresh": FastBNFresh,
-    "fastbn-f16": FastBNFloat16,
-    "fastbn-bf16": FastBNBFloat16,
     "torch": Torch,
     "torch-compiled": TorchCompiled,
     "onednn": OneDNN,
@@ -248,7 +224,6 @@ CONTENDERS: dict[str, type[Contender]] = {
     "numpy": Numpy,
 }
 GROUPS = {
-    "limit": ["limit-plain", "limit-stream", "limit-serial"],
+    "limit": list(LIMITS),
     "fastbn": ["fastbn-out", "fastbn-recycled", "fastbn-fresh"],
-    "half": list(HALF_PRECISION),
 }

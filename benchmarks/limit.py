@@ -60,11 +60,14 @@ class Limit(Contender):
         pointer = ctypes.c_void_p
         self._run.argtypes = [ctypes.c_int] * 3 + [ctypes.c_int64] + [pointer] * 4
 
+    def passes(self, case: Case) -> list[str]:
+        return cases.limit_passes(case)
+
     def prepare(self, case: Case, data: Data) -> Call:
         if self.serial and (self.threads == 1 or case.nbytes > SERIAL_BYTES):
             raise UnsupportedError(f"one thread is only tried for tensors up to {SERIAL_BYTES >> 20} MiB")
         size = -(-case.nbytes // 64) * 64
-        passes = cases.limit_passes(case)
+        passes = self.passes(case)
         if self.stream and not any("write" in name or name == "copy" for name in passes):
             raise UnsupportedError("nothing is written")
         # What a pass does not touch needs no memory.
@@ -91,3 +94,10 @@ class LimitStream(Limit):
 
 class LimitSerial(Limit):
     serial = True
+
+
+class ReadPass(Limit):
+    """No limit of a case, but the unit of what a residual costs."""
+
+    def passes(self, case: Case) -> list[str]:
+        return ["read"]

@@ -11,18 +11,27 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 import pictures
+from cases import Case
 from results import (
-    HALF_PRECISION,
     LIMITS,
+    READ_PASS,
     Group,
     Result,
     Results,
+    Samples,
     by_network,
+    is_limit,
     limit_of,
     load_all,
+    median_and_spread,
     paired,
     shares,
     totals,
@@ -52,7 +61,7 @@ def times(ratio: float) -> str:
 
 def contenders_of(results: Results) -> list[str]:
     present = {name for result in results.cases for name in result.samples}
-    return [name for name in results.versions if name in present and name not in LIMITS]
+    return [name for name in results.versions if name in present and not is_limit(name)]
 
 
 def title(group: Group) -> str:
@@ -68,7 +77,7 @@ def machine_table(results: Results) -> str:
     rows += [[f"fastbn: {key}", value] for key, value in machine["fastbn"].items()]
     libraries = {key: value for versions in results.versions.values() for key, value in versions.items()}
     rows += [["libraries", ", ".join(f"{key} {value}" for key, value in libraries.items())]]
-    settings = {key: ",".join(v) if isinstance(v, list) else v for key, v in results.settings.items()}
+    settings = {key: ",".join(map(str, v)) if isinstance(v, list) else v for key, v in results.settings.items()}
     rows += [["settings", "; ".join(f"{key} {value}" for key, value in settings.items())]]
     rows += [["duration", f"{results.minutes:.0f} minutes, {len(results.cases)} cases"]]
     return table(["what", "value"], rows, "---")
@@ -104,8 +113,7 @@ def totals_table(results: Results) -> str:
             if name not in sums:
                 cells.append("")
                 continue
-            has_share = "limit" in sums and name not in HALF_PRECISION
-            share = f" ({paired(sums['limit'], sums[name])[0]:.2f})" if has_share else ""
+            share = f" ({paired(sums['limit'], sums[name])[0]:.2f})" if "limit" in sums else ""
             cells.append(f"{milliseconds(sorted(sums[name])[len(sums[name]) // 2])}{share}")
         limit = milliseconds(sorted(sums["limit"])[len(sums["limit"]) // 2]) if "limit" in sums else ""
         rows.append([title(group), limit, *cells])
@@ -149,18 +157,61 @@ def slower_table(results: Results) -> str:
     return table(["case", "faster contender", "than", "its time / ours"], rows) if rows else "None."
 
 
-def half_precision_table(results: Results) -> str:
-    """Float32's time, and how many times as fast half precision is in the same rounds."""
-    rows = []
+def with_limit(result: Result) -> Samples:
+    """Samples of those that compute something, and of the best limit."""
+    limit = limit_of(result.samples)
+    others = {name: rounds for name, rounds in result.samples.items() if not is_limit(name)}
+    return ({"limit": limit} if limit else {}) | others
+
+
+def in_turns(results: Results, field: str) -> tuple[list[Any], list[dict[Any, Result]]]:
+    """The values of a field of cases, and for cases that differ in nothing else, which result is whose."""
+    groups: dict[Case, dict[Any, Result]] = {}
     for result in results.cases:
-        if "fastbn-out" not in result.samples or not set(HALF_PRECISION) & set(result.samples):
+        rest = replace(result.case, **{field: None})
+        groups.setdefault(rest, {})[getattr(result.case, field)] = result
+    return list(dict.fromkeys(value for group in groups.values() for value in group)), list(groups.values())
+
+
+def ratios_table(results: Results, field: str) -> str:
+    """How many times as fast as with the first value of a field everybody is with the others, in the same rounds."""
+    (first, *others), groups = in_turns(results, field)
+    rows = []
+    for group in groups:
+        if first not in group or len(group) < 2:
             continue
-        ours = result.samples["fastbn-out"]
-        ratios = [paired(ours, result.samples[name]) if name in result.samples else None for name in HALF_PRECISION]
-        cells = [f"{ratio[0]:.2f}x (spread {ratio[1]:.0%})" if ratio else "" for ratio in ratios]
-        time = milliseconds(result.median("fastbn-out")) + ("*" if result.unsettled else "")
-        rows.append([f"`{result.case.name}`", time, *cells])
-    return table(["case", "fastbn-out, ms", *HALF_PRECISION], rows) + f"\n\n{UNSETTLED}"
+        base = group[first]
+        for name, rounds in with_limit(base).items():
+            cells = []
+            for value in others:
+                theirs = with_limit(group[value]).get(name) if value in group else None
+                cells.append("{:.2f}x (spread {:.0%})".format(*paired(rounds, theirs)) if theirs else "")
+            time = milliseconds(float(np.median(rounds))) + "*" * any(r.unsettled is not None for r in group.values())
+            rows.append([f"`{base.case.name}`", name, time, *cells])
+    head = ["case", "contender", f"{field} {first}, ms", *(f"{field} {value}" for value in others)]
+    return table(head, rows) + f"\n\n{UNSETTLED}"
+
+
+def residual_table(results: Results) -> str:
+    """What a residual costs, in passes of reading, in the same rounds."""
+    rows = []
+    for group in in_turns(results, "activation")[1]:
+        for activation, result in group.items():
+            added = group.get(f"add+{activation}")
+            if added is None or READ_PASS not in result.samples:
+                continue
+            one = np.array(result.samples[READ_PASS])
+            for name, without in with_limit(result).items():
+                if name not in with_limit(added):
+                    continue
+                with_it = with_limit(added)[name]
+                cost = (np.array(with_it) - without) / one
+                times = [milliseconds(float(np.median(rounds))) for rounds in (without, with_it, one)]
+                star = "*" if result.unsettled or added.unsettled else ""
+                passes = "{:.2f} (spread {:.0%})".format(*median_and_spread(cost)) + star
+                rows.append([f"`{result.case.name}`", name, *times, passes])
+    head = ["case", "contender", "ms", "with a residual", "a pass of reading", "passes for the residual"]
+    return table(head, rows) + f"\n\n{UNSETTLED}"
 
 
 def skipped_list(results: Results) -> str:
@@ -173,7 +224,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "totals": totals_table,
     "cases": cases_table,
     "slower": slower_table,
-    "half": half_precision_table,
+    "dtypes": partial(ratios_table, field="dtype"),
+    "threads": partial(ratios_table, field="threads"),
+    "residual": residual_table,
     "skipped": skipped_list,
 }
 

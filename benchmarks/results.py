@@ -13,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cases import Case, moved_bytes
 
 LIMITS = ("limit-plain", "limit-stream", "limit-serial")
-HALF_PRECISION = ("fastbn-f16", "fastbn-bf16")  # of a float32 case, whose limit is not theirs
+READ_PASS = "limit-read"  # one reading of x
 SHARE_TOO_HIGH = 1.05
 SPREAD_TOO_WIDE = 0.10
 
 Samples = dict[str, list[float]]
+
+
+def is_limit(contender: str) -> bool:
+    return contender in LIMITS or contender == READ_PASS
 
 
 def limit_of(samples: Samples) -> list[float] | None:
@@ -33,8 +38,11 @@ def limit_of(samples: Samples) -> list[float] | None:
 def paired(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[float, float]:
     """Median over rounds of the ratio, and its interquartile range as a part of it."""
     rounds = min(len(numerator), len(denominator))
-    ratios = np.array(numerator[:rounds]) / np.array(denominator[:rounds])
-    low, median, high = np.percentile(ratios, [25, 50, 75])
+    return median_and_spread(np.array(numerator[:rounds]) / np.array(denominator[:rounds]))
+
+
+def median_and_spread(values: npt.ArrayLike) -> tuple[float, float]:
+    low, median, high = np.percentile(values, [25, 50, 75])
     return float(median), float((high - low) / median)
 
 
@@ -43,8 +51,7 @@ def shares(samples: Samples) -> dict[str, tuple[float, float]]:
     limit = limit_of(samples)
     if limit is None:
         return {}
-    others = (*LIMITS, *HALF_PRECISION)
-    return {name: paired(limit, rounds) for name, rounds in samples.items() if name not in others}
+    return {name: paired(limit, rounds) for name, rounds in samples.items() if not is_limit(name)}
 
 
 def unsettled(samples: Samples) -> str | None:
@@ -155,7 +162,7 @@ def by_network(results: Results) -> dict[Group, list[Result]]:
 def totals(group: Sequence[Result]) -> Samples:
     """Seconds per round of all layers of a network, for contenders that have done every shape; "limit" is the sum of
     the best limits."""
-    names = set.intersection(*(set(result.samples) for result in group)) - set(LIMITS)
+    names = {name for name in set.intersection(*(set(result.samples) for result in group)) if not is_limit(name)}
     sums: Samples = {}
     rounds = min(len(r) for result in group for r in result.samples.values())
 

@@ -2,6 +2,7 @@
 
     python benchmarks/run.py --shapes resnet50,bn_inception            # everything; see docs/benchmarks.md
     python benchmarks/run.py --quick --contenders limit,fastbn,torch   # a look
+    python benchmarks/run.py --dtype f32,f16,bf16 --threads 1,2        # these are compared: they take turns
 
 Only one process computes at a time: the driver says "sample" to one and waits for its answer. Before each sample there
 is idle time, in which the threads of the others go to sleep, and then untimed calls. The order is drawn anew for every
@@ -14,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import random
@@ -21,9 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,7 +33,18 @@ import cases
 import machine
 from cases import Array, Case, Shape
 from contenders import CONTENDERS, GROUPS
-from results import HALF_PRECISION, Result, Results, Samples, limit_of, paired, shares, unsettled, worst_spread
+from results import (
+    READ_PASS,
+    Result,
+    Results,
+    Samples,
+    is_limit,
+    limit_of,
+    paired,
+    shares,
+    unsettled,
+    worst_spread,
+)
 
 HERE = Path(__file__).resolve().parent
 MEMORY_SHARE = 0.9  # of what is available
@@ -41,11 +54,24 @@ class WorkerError(Exception):
     """A worker has died."""
 
 
+class Seat(NamedTuple):
+    """Who takes turns: a contender with cases of one kind."""
+
+    contender: str
+    dtype: str
+    activation: str
+    threads: int
+
+    @classmethod
+    def of(cls, contender: str, case: Case) -> Seat:
+        return cls(contender, case.dtype, case.activation, case.threads)
+
+
 class Process:
     """The driver's end of a worker."""
 
     def __init__(self, name: str, threads: int, offset: int, cpus: Sequence[int], log: Path) -> None:
-        self.name, self.log = name, log
+        self.log = log
         count = str(threads)
         variables = ("OMP", "MKL", "OPENBLAS", "NUMBA", "FASTBN")
         environment = os.environ | {f"{variable}_NUM_THREADS": count for variable in variables}
@@ -97,7 +123,7 @@ class Driver:
         self.args, self.results, self.folder = args, results, folder
         self.random = random.Random(args.seed)
         self.start = time.monotonic()
-        self.processes: dict[str, Process] = {}
+        self.processes: dict[Seat, Process] = {}
 
     def skip(self, contender: str, reason: str) -> None:
         """One line, once per contender and reason."""
@@ -107,158 +133,161 @@ class Driver:
             print(f"skipped  {line}", flush=True)
 
     def start_workers(self) -> None:
-        for name in self.args.contenders:
+        a = self.args
+        for seat in itertools.starmap(Seat, itertools.product(a.contenders, a.dtype, a.activation, a.threads)):
+            log = self.folder / f"{'-'.join(map(str, seat))}.log"
             try:
-                process = Process(
-                    name, self.args.threads, self.args.offset, self.args.cpus, self.folder / f"{name}.log"
-                )
+                process = Process(seat.contender, seat.threads, a.offset, a.cpus[: seat.threads], log)
             except WorkerError as failure:
-                self.skip(name, str(failure))
+                self.skip(seat.contender, str(failure))
                 continue
             if "missing" in process.hello:
-                self.skip(name, process.hello["missing"])
+                self.skip(seat.contender, process.hello["missing"])
                 process.stop()
                 continue
-            self.processes[name] = process
-            self.results.versions[name] = process.hello["versions"]
+            self.processes[seat] = process
+            self.results.versions[seat.contender] = process.hello["versions"]
 
     def stop_workers(self) -> None:
         for process in self.processes.values():
             process.stop()
         self.processes.clear()
 
-    def ask(self, name: str, do: str, **arguments: Any) -> dict[str, Any] | None:
+    def ask(self, seat: Seat, do: str, **arguments: Any) -> dict[str, Any] | None:
         """None if the contender has failed; it is out if its process has died."""
         try:
-            answer = self.processes[name].ask(do, **arguments)
+            answer = self.processes[seat].ask(do, **arguments)
         except WorkerError as failure:
-            self.skip(name, str(failure))
-            self.processes.pop(name).stop()
+            self.skip(seat.contender, str(failure))
+            self.processes.pop(seat).stop()
             return None
         problem = answer.get("failed") or answer.get("wrong")
         if problem:
             where = arguments.get("case_record", {}).get("name", "")
-            self.skip(name, f"{problem} {where}".rstrip())
+            self.skip(seat.contender, f"{problem} {where}".rstrip())
             return None
         return answer
 
-    def fitting(self, case: Case) -> list[str]:
-        """Contenders for which memory suffices, the important ones first."""
+    def fitting(self, cases: Sequence[Case]) -> dict[Seat, Case]:
+        """Those for which memory suffices, the important contenders first."""
         left = (machine.memory_bytes("MemAvailable") or 1 << 62) * MEMORY_SHARE
-        fitting = []
-        for name, process in self.processes.items():
-            left -= (process.hello["buffers"][case.op] + 2 * case.residual) * case.nbytes
+        fitting = {}
+        for name, case in itertools.product(self.args.contenders, cases):
+            seat = Seat.of(name, case)
+            if seat not in self.processes:
+                continue
+            left -= (self.processes[seat].hello["buffers"][case.op] + 2 * case.residual) * case.nbytes
             if left > 0:
-                fitting.append(name)
+                fitting[seat] = case
             else:
                 self.skip(name, f"not enough memory beside the others for {case.shape.network}.{case.shape.layer}")
         return fitting
 
-    def prepare(self, case: Case, names: Sequence[str], verify: bool) -> list[str]:
-        ready = []
-        for name in names:
-            record = case.to_json()
+    def prepare(self, seats: dict[Seat, Case], verify: bool) -> dict[Seat, Case]:
+        ready = {}
+        for seat, case in seats.items():
             answer = self.ask(
-                name,
+                seat,
                 "prepare",
-                case_record=record,
-                folder_name=str(self.folder),
+                case_record=case.to_json(),
+                folder_name=str(self.arrays_of(case.dtype, case.activation)),
                 target=self.args.target,
                 verify=verify,
             )
             if answer is not None and "unsupported" not in answer:
-                ready.append(name)
+                ready[seat] = case
                 continue
-            if answer is not None and not name.startswith("limit"):
-                self.skip(name, f"{answer['unsupported']} ({case.op}, {case.layout})")
-            self.release([name])
+            if answer is not None and not is_limit(seat.contender):
+                self.skip(seat.contender, f"{answer['unsupported']} ({case.op}, {case.layout})")
+            self.release([seat])
         return ready
 
-    def release(self, names: Sequence[str]) -> None:
-        for name in names:
-            if name in self.processes:
-                self.ask(name, "release")
+    def release(self, seats: Iterable[Seat]) -> None:
+        for seat in seats:
+            if seat in self.processes:
+                self.ask(seat, "release")
 
-    def rounds(self, ready: Sequence[str], count: int) -> Samples:
-        samples: Samples = {name: [] for name in ready}
+    def rounds(self, ready: Iterable[Seat], count: int) -> dict[Seat, list[float]]:
+        samples: dict[Seat, list[float]] = {seat: [] for seat in ready}
         for _ in range(count):
-            for name in self.random.sample(list(samples), len(samples)):
+            for seat in self.random.sample(list(samples), len(samples)):
                 time.sleep(self.args.idle)
-                answer = self.ask(name, "sample")
+                answer = self.ask(seat, "sample")
                 if answer is None:
-                    del samples[name]
+                    del samples[seat]
                 else:
-                    samples[name].append(answer["seconds"])
+                    samples[seat].append(answer["seconds"])
         return samples
 
-    def attempt(self, case: Case) -> Samples:
+    def attempt(self, cases: Sequence[Case]) -> dict[Case, Samples]:
         """All rounds, in parts for which the arrays are allocated anew: which physical pages they get is chance, and
         changes the time for as long as they live."""
-        parts: list[Samples] = []
-        ready = self.fitting(case)
+        parts = []
+        ready = self.fitting(cases)
         for i in range(self.args.placements):
-            ready = self.prepare(case, ready, verify=i == 0)
+            ready = self.prepare(ready, verify=i == 0)
             parts.append(self.rounds(ready, (self.args.rounds + i) // self.args.placements))
             self.release(ready)
-            ready = [name for name in ready if name in self.processes]
-        names = [name for name in parts[0] if all(name in part for part in parts)]
-        return {name: [seconds for part in parts for seconds in part[name]] for name in names}
+            ready = {seat: case for seat, case in ready.items() if seat in self.processes}
+        found: dict[Case, Samples] = {case: {} for case in cases}
+        for seat, case in ready.items():
+            if all(seat in part for part in parts):
+                found[case][seat.contender] = [seconds for part in parts for seconds in part[seat]]
+        return {case: samples for case, samples in found.items() if samples}
 
-    def measure(self, case: Case) -> Result | None:
-        best: Samples | None = None
+    def measure(self, cases: Sequence[Case]) -> list[Result]:
+        """Cases that take turns; again, all of them, if one did not settle."""
+        best: dict[Case, Samples] = {}
         attempts = 0
         while attempts <= self.args.retries:
             attempts += 1
-            samples = self.attempt(case)
-            if not samples:
+            found = self.attempt(cases)
+            if not found:
                 break
-            if best is None or (unsettled(samples) is None, -worst_spread(samples)) > (
-                unsettled(best) is None,
-                -worst_spread(best),
-            ):
-                best = samples
+            best = min(best or found, found, key=unrest)
             late = time.monotonic() - self.start > 60 * self.args.minutes
-            if late or unsettled(samples) is None:
+            if late or unrest(found)[0] == 0:
                 break
-        return Result(case, best, attempts, unsettled(best)) if best else None
+        return [Result(case, samples, attempts, unsettled(samples)) for case, samples in best.items()]
 
-    def write(self, arrays: dict[str, Array], layout: str) -> None:
+    def arrays_of(self, dtype: str, activation: str) -> Path:
+        """The folder of what cases of a kind are given, and what they must return."""
+        folder = self.folder / f"{dtype}-{activation}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def write(self, case: Case, inputs: dict[str, Array], right: dict[str, Array]) -> None:
+        arrays = {name: array for name, array in inputs.items() if "running" not in name}
+        arrays |= {f"{name}_expected": right[name] for name in cases.expected_names(case)}
+        arrays |= {name: right[name].astype(inputs["gamma"].dtype) for name in ("mean", "var")}
+        arrays |= {"y": right["y"]}
+        scale = np.abs(right["y"]).max()
+        if case.op == "backward":
+            scale = np.abs(inputs["dy"]).max() * np.abs(inputs["gamma"] / np.sqrt(right["var"] + cases.EPS)).max()
+        arrays["scale"] = np.asarray(scale, np.float64)
         for name, array in arrays.items():
-            turned = np.ascontiguousarray(np.moveaxis(array, 1, -1)) if layout == "nhwc" and array.ndim == 4 else array
-            np.save(self.folder / f"{name}.npy", turned)
+            turn = case.layout == "nhwc" and array.ndim == 4
+            turned = np.ascontiguousarray(np.moveaxis(array, 1, -1)) if turn else array
+            np.save(self.arrays_of(case.dtype, case.activation) / f"{name}.npy", turned)
 
     def run_shape(self, shape: Shape) -> None:
         a = self.args
-        todo = list(cases.make_cases([shape], a.layout, a.ops, a.dtype, a.activation, a.threads))
-        if not todo:
-            return
-        inputs = cases.make_inputs(shape, a.dtype, [case.op for case in todo], a.activation)
-        training = {case.op for case in todo} - {"inference"}
-        right: dict[str, dict[str, Array]] = {}
-        if training:
-            both = cases.right_results(inputs, "backward" if "backward" in training else "forward", a.activation)
-            right |= {op: both for op in training}
-        if any(case.op == "inference" for case in todo):
-            right["inference"] = cases.right_results(inputs, "inference", a.activation)
-        written = None
-        for case in todo:
-            if case.layout != written:
-                self.write({name: array for name, array in inputs.items() if "running" not in name}, case.layout)
-                written = case.layout
-            results = right[case.op]
-            expected = {f"{name}_expected": results[name] for name in cases.expected_names(case)}
-            statistics = {name: results[name].astype(inputs["gamma"].dtype) for name in ("mean", "var")}
-            self.write(expected | statistics | {"y": results["y"]}, case.layout)
-            scale = np.abs(results["y"]).max()
-            if case.op == "backward":
-                scale = np.abs(inputs["dy"]).max() * np.abs(inputs["gamma"] / np.sqrt(results["var"] + cases.EPS)).max()
-            np.save(self.folder / "scale.npy", np.float64(scale))
-            self.add(self.measure(case))
+        todo = list(cases.cases_in_turns(shape, a.layout, a.ops, a.dtype, a.activation, a.threads))
+        ops = [op for op in a.ops if any(group[0].op == op for group in todo)]
+        known = {}
+        for dtype, activation in itertools.product(a.dtype, a.activation) if todo else ():
+            inputs = cases.make_inputs(shape, dtype, ops, activation)
+            known[dtype, activation] = inputs, cases.right_results_of(inputs, ops, activation)
+        for group in todo:
+            for case in {(case.dtype, case.activation): case for case in group}.values():
+                inputs, right = known[case.dtype, case.activation]
+                self.write(case, inputs, right[case.op])
+            for result in self.measure(group):
+                self.add(result)
 
-    def add(self, result: Result | None) -> None:
-        if result is not None:
-            self.results.cases.append(result)
-            print(line_of(result), flush=True)
+    def add(self, result: Result) -> None:
+        self.results.cases.append(result)
+        print(line_of(result), flush=True)
 
     def copy_shape(self, shape: Shape, measured: Shape) -> None:
         """Two networks may have the same shape."""
@@ -282,6 +311,14 @@ class Driver:
             self.stop_workers()
 
 
+def unrest(found: dict[Case, Samples]) -> tuple[int, float]:
+    """How many cases have not settled, and the widest spread."""
+    return (
+        sum(unsettled(samples) is not None for samples in found.values()),
+        max(worst_spread(samples) for samples in found.values()),
+    )
+
+
 def line_of(result: Result) -> str:
     """A case on one line: the time of the first fastbn, its share of the limit, and how much longer others take."""
     samples = result.samples
@@ -293,7 +330,7 @@ def line_of(result: Result) -> str:
     parts += [
         f"{name} {paired(rounds, samples[base])[0]:.2f}x"
         for name, rounds in samples.items()
-        if name != base and not name.startswith("limit")
+        if name != base and not is_limit(name)
     ]
     return ", ".join(parts) + (f"  [{result.unsettled}]" if result.unsettled else "")
 
@@ -319,13 +356,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="few rounds, short samples, and unless told otherwise few cases")
     add("--shapes", type=words, help="shape files (default resnet50,bn_inception), or layers as resnet50.bn2a")
-    everybody = [name for name in CONTENDERS if name not in HALF_PRECISION]
-    add("--contenders", type=words, default=everybody, help="names, or the groups limit, fastbn and half")
+    everybody = [name for name in CONTENDERS if name != READ_PASS]
+    add("--contenders", type=words, default=everybody, help="names, or the groups limit and fastbn")
     add("--ops", type=words, default=list(cases.OPS), help=",".join(cases.OPS))
     add("--layout", type=words, default=list(cases.LAYOUTS), help=",".join(cases.LAYOUTS))
-    add("--dtype", default="f32", choices=list(cases.DTYPES))
-    add("--activation", default="identity", choices=cases.activations(), metavar="NAME", help="relu, add+relu, ...")
-    add("--threads", type=int, default=len(available), help="of every contender, on as many CPUs")
+    add("--dtype", type=words, default=["f32"], help=",".join(cases.DTYPES) + "; several of them take turns")
+    add("--activation", type=words, default=["identity"], help="relu, add+relu, ...; several of them take turns")
+    threads_help = "of every contender, on as many CPUs; several of them take turns"
+    add("--threads", type=words, default=[str(len(available))], help=threads_help)
     add("--offset", type=int, default=0, help="bytes by which arrays miss an alignment of 64; 16 is NumPy's habit")
     add("--rounds", type=int, help="samples of each contender (default 15)")
     add("--placements", type=int, help="how often in these rounds arrays are allocated anew (default 3)")
@@ -343,9 +381,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.contenders.sort(key=list(CONTENDERS).index)
     args.ops = chosen(parser, "ops", args.ops, cases.OPS)
     args.layout = chosen(parser, "layout", args.layout, cases.LAYOUTS)
-    if not 1 <= args.threads <= len(available):
-        parser.error(f"--threads: this process may use {len(available)} CPUs")
-    args.cpus = available[: args.threads]
+    args.dtype = chosen(parser, "dtype", args.dtype, list(cases.DTYPES))
+    args.activation = chosen(parser, "activation", args.activation, cases.activations())
+    counts = [str(count + 1) for count in range(len(available))]
+    args.threads = [int(count) for count in chosen(parser, "threads", args.threads, counts)]
+    args.cpus = available[: max(args.threads)]
     default = ["resnet50.bn3b", "tiny.cube8"] if args.quick else ["resnet50", "bn_inception"]
     args.shapes = default if args.shapes is None else args.shapes
     args.rounds = (5 if args.quick else 15) if args.rounds is None else args.rounds
@@ -371,7 +411,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    record = machine.record(args.threads, args.cpus)
+    record = machine.record(max(args.threads), args.cpus)
     today = datetime.datetime.now(datetime.timezone.utc)
     names = (
         "shapes",

@@ -78,8 +78,7 @@ class Worker:
             expected = read(folder, f"{name}_expected", case)
             # Sums over a channel are as exact as the terms, not as what cancels in them.
             terms = np.sqrt(case.shape.values / case.shape.C) if name in ("dgamma", "dbeta") else 1.0
-            dtype = self.contender.narrower or case.dtype
-            problem = difference(name, np.asarray(actual), expected, case, scale * terms, dtype)
+            problem = difference(name, np.asarray(actual), expected, case, scale * terms)
             if problem:
                 return problem
         return None
