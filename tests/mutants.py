@@ -44,8 +44,9 @@ NOT_COUNTED = ("does not compile", "not built here", "same machine code")  # rep
 
 SEED, COUNT = 90, 200
 FILES = (
-    *(f"src_c/kernels/{name}.inc" for name in ("stats", "apply", "backward", "copy", "dtype", "table")),
-    *("src_c/simd.h", "src_c/activations.def", "src_c/dispatch.c", "fastbn/_schedule.pxi", "fastbn/_finish.pxi"),
+    *(f"src_c/kernels/{name}.inc" for name in ("stats", "apply", "backward", "adjoining", "copy", "dtype", "table")),
+    *(f"src_c/{name}" for name in ("simd.h", "half.h", "activations.def", "dispatch.c")),
+    *("fastbn/_schedule.pxi", "fastbn/_finish.pxi"),
 )
 
 # The subset of `make test`, the tests that notice most first: of each test so many cases, drawn with the seed.
@@ -647,7 +648,7 @@ def page(results: dict[str, Any]) -> str:
     survivors, equivalents = ([e for e in entries if e["verdict"] == end] for end in ("survived", "equivalent"))
     sections = {
         "By rule": share("rule", RULES),
-        "By file": share("file", FILES),
+        "By file": share("file", tuple(dict.fromkeys(entry["file"] for entry in entries))),  # those of its commit
         "The tests that found them": table(["test", "mutants"], [f"`{t}` | {n}" for t, n in tests.most_common()]),
         "Survivors": table(["place", "rule", "change"], [change(e) for e in survivors]),
         "Equivalent mutants": table(

@@ -132,7 +132,7 @@ def test_mutants_of_the_record_are_found():
     entries = results["mutants"]
     assert len(entries) == COUNT
     assert {entry["rule"] for entry in entries} == set(RULES)
-    assert Counter(entry["file"] for entry in entries).keys() == set(FILES)
+    assert min(Counter(entry["file"] for entry in entries).values()) >= 5
     assert mutants.share_found(entries) >= 0.98
     for entry in entries:
         verdict = entry["verdict"]
