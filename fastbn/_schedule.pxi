@@ -614,7 +614,7 @@ cdef void cut(Job *job) noexcept nogil:
     job.width = job.fold * job.channels
     job.packed = (is_strided(job, &job.x) or is_strided(job, &job.residual) or is_strided(job, &job.dy)
                   or is_strided(job, &job.y) or is_strided(job, &job.dx) or is_strided(job, &job.dresidual))
-    adjoining = (job.planar and not job.packed and job.mask == NULL and run < LONG_RUN_BYTES
+    adjoining = (job.planar and not job.packed and run < LONG_RUN_BYTES
                  and is_dense(job, &job.x) and is_dense(job, &job.residual) and is_dense(job, &job.dy)
                  and is_dense(job, &job.y) and is_dense(job, &job.dx) and is_dense(job, &job.dresidual))
     job.segments = 1
@@ -632,6 +632,9 @@ cdef void cut(Job *job) noexcept nogil:
     if job.by_channel:
         least_large *= <double>measured.stream_by_channel / measured.stream
     large = all_bytes >= least_large
+    # The bits of a mask lie plane by plane, and are moved to and from where those of a common row would.
+    if job.mask != NULL and (job.outer < SPREAD_ROWS or (2 * job.inner >= UNSPREAD_COLUMNS and not large)):
+        adjoining = False
     if job.planar:
         if job.inner > job.segment:
             job.segments = ceil_div(job.inner, job.segment)

@@ -16,6 +16,7 @@ from combinations import (
     each_order,
     each_shape,
     make_problem,
+    streaming,
     with_or_without_residual,
 )
 from problems import MEMORY_ORDERS, SHAPES, TAIL_SHAPES, exact_statistics, finfo, make_random
@@ -91,6 +92,21 @@ def test_gradients_of_every_tail(isa, dtype, order, with_residual, shape):
         _, cache = problem.forward("relu")
         gradients = fastbn.batchnorm_backward(problem.dy, cache)
     check(problem, "relu", cache, gradients)
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("rows", [16, 19])
+@pytest.mark.parametrize("plane", [2, 5, 15, 16, 17, 31, 33, 49, 98])
+def test_gradient_of_the_residual_is_dy_where_the_activation_is_open(isa, dtype, large, rows, plane):
+    """Bit for bit: also where short planes are mapped as one row, in parts that end anywhere in a plane, while each has
+    a row of the mask of its own."""
+    x, residual, dy = (make_random((rows, 75, 1, plane), 1, dtype, seed) for seed in (1, 2, 3))
+    with fastbn.runtime.isa(isa), streaming(large):
+        y, cache = fastbn.batchnorm_forward(x, residual=residual, activation="relu", num_threads=2)
+        dresidual = fastbn.batchnorm_backward(dy, cache, num_threads=3).dresidual
+    assert np.array_equal(dresidual, np.where(y > 0, dy, dy.dtype.type(0)))
 
 
 @each_isa
