@@ -176,20 +176,23 @@ def in_turns(results: Results, field: str) -> tuple[list[Any], list[dict[Any, Re
 def ratios_table(results: Results, field: str) -> str:
     """How many times as fast as with the first value of a field everybody is with the others, in the same rounds."""
     (first, *others), groups = in_turns(results, field)
+    groups = [group for group in groups if first in group and len(group) > 1]
+    names = list(dict.fromkeys(name for group in groups for name in with_limit(group[first])))
     rows = []
     for group in groups:
-        if first not in group or len(group) < 2:
-            continue
-        base = group[first]
-        for name, rounds in with_limit(base).items():
-            cells = []
+        samples = {value: with_limit(result) for value, result in group.items()}
+        row = [f"`{group[first].case.name}`" + "*" * any(result.unsettled is not None for result in group.values())]
+        for name in names:
+            base = samples[first].get(name)
+            row.append(milliseconds(float(np.median(base))) if base else "")
             for value in others:
-                theirs = with_limit(group[value]).get(name) if value in group else None
-                cells.append("{:.2f}x (spread {:.0%})".format(*paired(rounds, theirs)) if theirs else "")
-            time = milliseconds(float(np.median(rounds))) + "*" * any(r.unsettled is not None for r in group.values())
-            rows.append([f"`{base.case.name}`", name, time, *cells])
-    head = ["case", "contender", f"{field} {first}, ms", *(f"{field} {value}" for value in others)]
-    return table(head, rows) + f"\n\n{UNSETTLED}"
+                theirs = samples.get(value, {}).get(name)
+                row[-1] += ", {:.2f}x ({:.0%})".format(*paired(base, theirs)) if base and theirs else ""
+        rows.append(row)
+    note = (
+        f"Milliseconds with {field} {first}; then how many times as fast with {', '.join(map(str, others))} (spread)."
+    )
+    return table(["case", *names], rows) + f"\n\n{note} {UNSETTLED}"
 
 
 def residual_table(results: Results) -> str:
