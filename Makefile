@@ -108,7 +108,7 @@ format: $(VENV)/.lint  ## rewrite Python and C as `make lint` wants them
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(C_FILES)
 
-bench: $(VENV)/.bench  ## fastbn, everybody else and the limit on two networks (about 25 minutes); docs/benchmarks.md
+bench: $(VENV)/.bench  ## fastbn, everybody else and the limit on two networks (about 35 minutes); docs/benchmarks.md
 	$(BIN)/python benchmarks/run.py --output benchmarks/results/networks.json $(BENCH)
 	$(BIN)/python benchmarks/report.py benchmarks/results/networks.json
 

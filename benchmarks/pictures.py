@@ -77,9 +77,15 @@ def draw_bars(axis: Any, milliseconds: dict[str, float]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def of_one_kind(results: Results) -> list[Result]:
+    """Without an activation, of the dtype and the number of threads that come first."""
+    plain = [r for r in results.cases if r.case.activation == "identity"]
+    return [r for r in plain if (r.case.dtype, r.case.threads) == (plain[0].case.dtype, plain[0].case.threads)]
+
+
 def roofline(results: Results, folder: Path) -> Path | None:
     """GB/s of what must move: the limit as a line over the size of x, contenders as points, one panel per op."""
-    measured = [r for r in results.cases if r.case.activation == "identity" and limit_of(r.samples) is not None]
+    measured = [r for r in of_one_kind(results) if limit_of(r.samples) is not None]
     panels = [(op, layout) for layout in ("nchw", "nhwc") for op in OPS]
     panels = [panel for panel in panels if any((r.case.op, r.case.layout) == panel for r in measured)]
     if not panels:
@@ -112,7 +118,7 @@ def best_speed(result: Result) -> float:
 
 def sizes(results: Results, folder: Path) -> Path | None:
     """Nanoseconds per value against the size of x, for the shapes of sizes.txt; one panel per op and layout."""
-    measured = [r for r in results.cases if r.case.shape.network == "sizes" and r.case.activation == "identity"]
+    measured = [r for r in of_one_kind(results) if r.case.shape.network == "sizes"]
     panels = [(op, layout) for layout in ("nchw", "nhwc") for op in OPS]
     panels = [panel for panel in panels if any((r.case.op, r.case.layout) == panel for r in measured)]
     if not panels:

@@ -31,7 +31,6 @@ from results import (
     is_limit,
     limit_of,
     load_all,
-    median_and_spread,
     paired,
     shares,
     totals,
@@ -165,7 +164,8 @@ def with_limit(result: Result) -> Samples:
 
 
 def in_turns(results: Results, field: str) -> tuple[list[Any], list[dict[Any, Result]]]:
-    """The values of a field of cases, and for cases that differ in nothing else, which result is whose."""
+    """The values of a field of cases, and for cases that differ in nothing else, which result is whose. For one file:
+    only there are rounds the same."""
     groups: dict[Case, dict[Any, Result]] = {}
     for result in results.cases:
         rest = replace(result.case, **{field: None})
@@ -175,23 +175,25 @@ def in_turns(results: Results, field: str) -> tuple[list[Any], list[dict[Any, Re
 
 def ratios_table(results: Results, field: str) -> str:
     """How many times as fast as with the first value of a field everybody is with the others, in the same rounds."""
-    (first, *others), groups = in_turns(results, field)
-    groups = [group for group in groups if first in group and len(group) > 1]
-    names = list(dict.fromkeys(name for group in groups for name in with_limit(group[first])))
+    values, groups = in_turns(results, field)
+    groups = [group for group in groups if len(group) > 1 and values[0] in group]
+    if not groups:
+        return "None."
+    names = list(dict.fromkeys(name for group in groups for name in with_limit(group[values[0]])))
     rows = []
     for group in groups:
         samples = {value: with_limit(result) for value, result in group.items()}
-        row = [f"`{group[first].case.name}`" + "*" * any(result.unsettled is not None for result in group.values())]
+        row = [f"`{group[values[0]].case.name}`" + "*" * any(result.unsettled is not None for result in group.values())]
         for name in names:
-            base = samples[first].get(name)
-            row.append(milliseconds(float(np.median(base))) if base else "")
-            for value in others:
+            base = samples[values[0]].get(name)
+            cell = [milliseconds(float(np.median(base)))] if base else []
+            for value in values[1:] if base else ():
                 theirs = samples.get(value, {}).get(name)
-                row[-1] += ", {:.2f}x ({:.0%})".format(*paired(base, theirs)) if base and theirs else ""
+                cell.append("{:.2f}x ({:.0%})".format(*paired(base, theirs)) if theirs else "-")
+            row.append(", ".join(cell))
         rows.append(row)
-    note = (
-        f"Milliseconds with {field} {first}; then how many times as fast with {', '.join(map(str, others))} (spread)."
-    )
+    first, *others = map(str, values)
+    note = f"Milliseconds with {field} {first}; then how many times as fast with {', '.join(others)} (spread)."
     return table(["case", *names], rows) + f"\n\n{note} {UNSETTLED}"
 
 
@@ -203,18 +205,18 @@ def residual_table(results: Results) -> str:
             added = group.get(f"add+{activation}")
             if added is None or READ_PASS not in result.samples:
                 continue
-            one = np.array(result.samples[READ_PASS])
-            for name, without in with_limit(result).items():
-                if name not in with_limit(added):
-                    continue
-                with_it = with_limit(added)[name]
-                cost = (np.array(with_it) - without) / one
-                times = [milliseconds(float(np.median(rounds))) for rounds in (without, with_it, one)]
-                star = "*" if result.unsettled or added.unsettled else ""
-                passes = "{:.2f} (spread {:.0%})".format(*median_and_spread(cost)) + star
-                rows.append([f"`{result.case.name}`", name, *times, passes])
+            one, without, with_it = result.samples[READ_PASS], with_limit(result), with_limit(added)
+            star = "*" if result.unsettled or added.unsettled else ""
+            for name in [name for name in without if name in with_it]:
+                passes = [(a - b) / c for a, b, c in zip(with_it[name], without[name], one, strict=False)]
+                low, median, high = np.percentile(passes, [25, 50, 75])
+                cells = [milliseconds(float(np.median(rounds))) for rounds in (without[name], with_it[name], one)]
+                row = [f"`{result.case.name}`{star}", name, *cells, f"{median:.2f} ({low:.2f} to {high:.2f})"]
+                rows.append(row)
+    if not rows:
+        return "None."
     head = ["case", "contender", "ms", "with a residual", "a pass of reading", "passes for the residual"]
-    return table(head, rows) + f"\n\n{UNSETTLED}"
+    return table(head, rows) + f"\n\nIn brackets the quartiles of rounds. {UNSETTLED}"
 
 
 def skipped_list(results: Results) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cases import Case, moved_bytes
 
@@ -26,6 +25,7 @@ Samples = dict[str, list[float]]
 
 
 def is_limit(contender: str) -> bool:
+    """Whether it computes nothing, but passes over memory."""
     return contender in LIMITS or contender == READ_PASS
 
 
@@ -38,11 +38,7 @@ def limit_of(samples: Samples) -> list[float] | None:
 def paired(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[float, float]:
     """Median over rounds of the ratio, and its interquartile range as a part of it."""
     rounds = min(len(numerator), len(denominator))
-    return median_and_spread(np.array(numerator[:rounds]) / np.array(denominator[:rounds]))
-
-
-def median_and_spread(values: npt.ArrayLike) -> tuple[float, float]:
-    low, median, high = np.percentile(values, [25, 50, 75])
+    low, median, high = np.percentile(np.array(numerator[:rounds]) / np.array(denominator[:rounds]), [25, 50, 75])
     return float(median), float((high - low) / median)
 
 

@@ -158,7 +158,7 @@ class Driver:
         try:
             answer = self.processes[seat].ask(do, **arguments)
         except WorkerError as failure:
-            self.skip(seat.contender, str(failure))
+            self.skip(seat.contender, f"{failure} ({seat.dtype}, {seat.activation}, {seat.threads} threads)")
             self.processes.pop(seat).stop()
             return None
         problem = answer.get("failed") or answer.get("wrong")
@@ -168,11 +168,11 @@ class Driver:
             return None
         return answer
 
-    def fitting(self, cases: Sequence[Case]) -> dict[Seat, Case]:
+    def fitting(self, group: Sequence[Case]) -> dict[Seat, Case]:
         """Those for which memory suffices, the important contenders first."""
         left = (machine.memory_bytes("MemAvailable") or 1 << 62) * MEMORY_SHARE
         fitting = {}
-        for name, case in itertools.product(self.args.contenders, cases):
+        for name, case in itertools.product(self.args.contenders, group):
             seat = Seat.of(name, case)
             if seat not in self.processes:
                 continue
@@ -180,7 +180,7 @@ class Driver:
             if left > 0:
                 fitting[seat] = case
             else:
-                self.skip(name, f"not enough memory beside the others for {case.shape.network}.{case.shape.layer}")
+                self.skip(name, f"not enough memory beside the others for {case.name}")
         return fitting
 
     def prepare(self, seats: dict[Seat, Case], verify: bool) -> dict[Seat, Case]:
@@ -192,6 +192,7 @@ class Driver:
                 case_record=case.to_json(),
                 folder_name=str(self.arrays_of(case.dtype, case.activation)),
                 target=self.args.target,
+                warm=self.args.warm,
                 verify=verify,
             )
             if answer is not None and "unsupported" not in answer:
@@ -219,34 +220,34 @@ class Driver:
                     samples[seat].append(answer["seconds"])
         return samples
 
-    def attempt(self, cases: Sequence[Case]) -> dict[Case, Samples]:
+    def attempt(self, group: Sequence[Case]) -> dict[Case, Samples]:
         """All rounds, in parts for which the arrays are allocated anew: which physical pages they get is chance, and
         changes the time for as long as they live."""
         parts = []
-        ready = self.fitting(cases)
+        ready = self.fitting(group)
         for i in range(self.args.placements):
             ready = self.prepare(ready, verify=i == 0)
             parts.append(self.rounds(ready, (self.args.rounds + i) // self.args.placements))
             self.release(ready)
             ready = {seat: case for seat, case in ready.items() if seat in self.processes}
-        found: dict[Case, Samples] = {case: {} for case in cases}
+        found: dict[Case, Samples] = {case: {} for case in group}
         for seat, case in ready.items():
             if all(seat in part for part in parts):
                 found[case][seat.contender] = [seconds for part in parts for seconds in part[seat]]
         return {case: samples for case, samples in found.items() if samples}
 
-    def measure(self, cases: Sequence[Case]) -> list[Result]:
+    def measure(self, group: Sequence[Case]) -> list[Result]:
         """Cases that take turns; again, all of them, if one did not settle."""
         best: dict[Case, Samples] = {}
         attempts = 0
         while attempts <= self.args.retries:
             attempts += 1
-            found = self.attempt(cases)
+            found = self.attempt(group)
             if not found:
                 break
             best = min(best or found, found, key=unrest)
             late = time.monotonic() - self.start > 60 * self.args.minutes
-            if late or unrest(found)[0] == 0:
+            if late or not any(unsettled(samples) for samples in found.values()):
                 break
         return [Result(case, samples, attempts, unsettled(samples)) for case, samples in best.items()]
 
@@ -275,7 +276,7 @@ class Driver:
         todo = list(cases.cases_in_turns(shape, a.layout, a.ops, a.dtype, a.activation, a.threads))
         ops = [op for op in a.ops if any(group[0].op == op for group in todo)]
         known = {}
-        for dtype, activation in itertools.product(a.dtype, a.activation) if todo else ():
+        for dtype, activation in sorted({(case.dtype, case.activation) for group in todo for case in group}):
             inputs = cases.make_inputs(shape, dtype, ops, activation)
             known[dtype, activation] = inputs, cases.right_results_of(inputs, ops, activation)
         for group in todo:
@@ -311,9 +312,11 @@ class Driver:
             self.stop_workers()
 
 
-def unrest(found: dict[Case, Samples]) -> tuple[int, float]:
-    """How many cases have not settled, and the widest spread."""
+def unrest(found: dict[Case, Samples]) -> tuple[int, int, float]:
+    """What makes one attempt worse than another: contenders that are missing, then cases that have not settled, then
+    the widest spread."""
     return (
+        -sum(map(len, found.values())),
         sum(unsettled(samples) is not None for samples in found.values()),
         max(worst_spread(samples) for samples in found.values()),
     )
@@ -357,7 +360,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="few rounds, short samples, and unless told otherwise few cases")
     add("--shapes", type=words, help="shape files (default resnet50,bn_inception), or layers as resnet50.bn2a")
     everybody = [name for name in CONTENDERS if name != READ_PASS]
-    add("--contenders", type=words, default=everybody, help="names, or the groups limit and fastbn")
+    add(
+        "--contenders",
+        type=words,
+        default=everybody,
+        help="names, or the groups limit and fastbn; limit-read only by name",
+    )
     add("--ops", type=words, default=list(cases.OPS), help=",".join(cases.OPS))
     add("--layout", type=words, default=list(cases.LAYOUTS), help=",".join(cases.LAYOUTS))
     add("--dtype", type=words, default=["f32"], help=",".join(cases.DTYPES) + "; several of them take turns")
@@ -367,9 +375,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--offset", type=int, default=0, help="bytes by which arrays miss an alignment of 64; 16 is NumPy's habit")
     add("--rounds", type=int, help="samples of each contender (default 15)")
     add("--placements", type=int, help="how often in these rounds arrays are allocated anew (default 3)")
-    add("--retries", type=int, default=1, help="how often a case that did not settle is measured again")
+    add("--retries", type=int, default=1, help="how often cases of which one did not settle are measured again")
     add("--minutes", type=float, default=20, help="after these nothing is measured again")
     add("--idle", type=float, default=20, help="milliseconds before each sample (default 20)")
+    add(
+        "--warm", type=int, default=8, help="least untimed calls before each sample, unless they take 20 ms (default 8)"
+    )
     add("--target", type=float, help="least milliseconds of calls in a sample (default 3)")
     add("--seed", type=int, default=0, help="of the order")
     add("--shapes-folder", type=Path, default=cases.SHAPES, help="where the shape files are")
@@ -425,6 +436,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "placements",
         "retries",
         "idle",
+        "warm",
         "target",
     )
     settings = {name: getattr(args, name) for name in names} | {

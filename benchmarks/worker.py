@@ -24,9 +24,9 @@ from base import Call, Contender, UnsupportedError
 from cases import Array, Case, Data, aligned_copy, difference, expected_names, np_dtype
 
 MOST_CALLS = 5000
-# Untimed calls before each sample, so many at least unless they take so long: what fits into a large L3 cache is not in
-# it after one call (on a Xeon with 300 MB, relu after a residual of 3 x 26 MB takes 3.7 ms then, and 2.6 after eight).
-WARM_CALLS, WARM_SECONDS = 8, 0.02
+# Of untimed calls before each sample, which are several: what fits into a large L3 cache is not in it after one (on a
+# Xeon with 300 MB, relu after a residual of 3 x 26 MB takes 3.7 ms then, and 2.6 after eight).
+WARM_SECONDS = 0.02
 
 
 def read(folder: Path, name: str, case: Case) -> Array:
@@ -40,10 +40,12 @@ class Worker:
         self.contender = contender
         self.call: Call | None = None
         self.data: Data | None = None
-        self.calls = 1
+        self.calls = self.warm = 1
 
-    def prepare(self, case_record: dict[str, Any], folder_name: str, target: float, verify: bool) -> dict[str, Any]:
-        case, folder = Case.from_json(case_record), Path(folder_name)
+    def prepare(
+        self, case_record: dict[str, Any], folder_name: str, target: float, warm: int, verify: bool
+    ) -> dict[str, Any]:
+        case, folder, self.warm = Case.from_json(case_record), Path(folder_name), warm
         names = ["x", "gamma", "beta", "mean", "var"] if self.contender.verified else []
         if self.contender.verified:
             names += (["dy"] if case.op == "backward" else []) + (["residual"] if case.residual else [])
@@ -53,6 +55,7 @@ class Worker:
         if not names:
             arrays = dict.fromkeys(("x", "gamma", "beta", "mean", "var"), empty)
         self.data = Data(**arrays)
+        assert not names or self.data.x.dtype == np_dtype(case.dtype)
         try:
             self.call = self.contender.prepare(case, self.data)
         except UnsupportedError as reason:
@@ -101,7 +104,7 @@ class Worker:
         start = time.perf_counter()
         warm = max(1, self.calls // 4)
         self._time(warm)
-        while warm < WARM_CALLS and time.perf_counter() - start < WARM_SECONDS:
+        while warm < self.warm and time.perf_counter() - start < WARM_SECONDS:
             self._time(1)
             warm += 1
         return {"seconds": self._time(self.calls)}

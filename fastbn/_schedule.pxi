@@ -113,10 +113,13 @@ cdef enum:
     # The map takes shorter runs as one, if they adjoin.
     LONG_RUN_BYTES = 2 << 10
     # Rows of adjoining planes for which spreading their coefficients pays, and for planes of some vectors those for
-    # which the kernel does not yet do it (MAP_ROWS of apply.inc).
+    # which the kernel does not yet do it (MAP_ROWS of apply.inc; with a mask it always does).
     SPREAD_ROWS = 16
     UNSPREAD_COLUMNS = 8 * FASTBN_LANES
     UNSPREAD_ROWS = 3
+    # Planes with masks, whose bits lie plane by plane and must be moved for a common row: in the caches that costs more
+    # than the tails of planes of so many values.
+    MASKED_COLUMNS = 4 * FASTBN_LANES
     # What reduce reads of a group from which on map does not find it in an L2 cache of half a megabyte; and up to which
     # sums beside forward's map may ask a whole group ahead.
     STAGGERED_BYTES = 300 << 10
@@ -632,8 +635,7 @@ cdef void cut(Job *job) noexcept nogil:
     if job.by_channel:
         least_large *= <double>measured.stream_by_channel / measured.stream
     large = all_bytes >= least_large
-    # The bits of a mask lie plane by plane, and are moved to and from where those of a common row would.
-    if job.mask != NULL and (job.outer < SPREAD_ROWS or (2 * job.inner >= UNSPREAD_COLUMNS and not large)):
+    if job.mask != NULL and (job.outer < SPREAD_ROWS or (job.inner >= MASKED_COLUMNS and not large)):
         adjoining = False
     if job.planar:
         if job.inner > job.segment:
@@ -649,7 +651,7 @@ cdef void cut(Job *job) noexcept nogil:
         whole = FASTBN_LANES // gcd(job.inner, FASTBN_LANES)  # so many channels are whole lines of the cache
         if adjoining and job.reduce == NULL:
             rows = max(1, piece // (job.channels * run))
-            if job.dy.data == NULL and job.inner >= UNSPREAD_COLUMNS:
+            if job.dy.data == NULL and job.mask == NULL and job.inner >= UNSPREAD_COLUMNS:
                 rows = min(rows, UNSPREAD_ROWS)
             else:
                 rows = max(rows, SPREAD_ROWS)

@@ -100,7 +100,7 @@ typedef struct fastbn_kernels {
     fastbn_kernel *apply[2];          /* y (and mask) from x, residual, coefficients */
     fastbn_kernel *backward_stats[2]; /* sums of g and g*d, d = x - x_shift */
     fastbn_kernel *backward_apply[2]; /* dx (and dresidual) from x, dy, coefficients, mask */
-    /* Planar, where the runs of neighbouring channels adjoin, and without a mask. */
+    /* Planar, where the runs of neighbouring channels adjoin. */
     fastbn_kernel *apply_adjoining, *backward_apply_adjoining;
     /* Planar, both for the same rows and columns: the first kernel's work on one block, the second's on another, of no
      * more channels. */

@@ -182,15 +182,19 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
         if (masked) b.residual = operand(residual, &b, planar, b.x.channel);
         k->apply_beside_stats(&b, &other);
         h[BESIDE] = hash(hash(h[BESIDE], y, count, f), sums, k->sums * per_channel, wide);
-        b.mask = (fastbn_operand){0};
-        k->apply_adjoining(&b);
-        h[ADJOINING] = hash(h[ADJOINING], y, count, f);
-        k->backward_apply_adjoining(&b);
-        h[BACKWARD_ADJOINING] = hash(h[BACKWARD_ADJOINING], dx, count, f);
-        if (with_residual) h[BACKWARD_ADJOINING] = hash(h[BACKWARD_ADJOINING], dresidual, count, f);
-        if (width >= FASTBN_LANES) {
-            k->apply_adjoining_beside_stats(&b, &other);
-            h[ADJOINING_BESIDE] = hash(hash(h[ADJOINING_BESIDE], y, count, f), sums, k->sums * per_channel, wide);
+        for (int with_mask = masked; with_mask >= 0; with_mask--) {
+            if (!with_mask) b.mask = (fastbn_operand){0};
+            memset(mask, 0, masks);
+            k->apply_adjoining(&b);
+            h[ADJOINING] = hash(hash(h[ADJOINING], y, count, f), mask, masks, (format){1, 7, 0});
+            k->backward_apply_adjoining(&b);
+            h[BACKWARD_ADJOINING] = hash(h[BACKWARD_ADJOINING], dx, count, f);
+            if (with_residual) h[BACKWARD_ADJOINING] = hash(h[BACKWARD_ADJOINING], dresidual, count, f);
+            if (width >= FASTBN_LANES) {
+                k->apply_adjoining_beside_stats(&b, &other);
+                h[ADJOINING_BESIDE] = hash(hash(h[ADJOINING_BESIDE], y, count, f), sums, k->sums * per_channel, wide);
+                h[ADJOINING_BESIDE] = hash(h[ADJOINING_BESIDE], mask, masks, (format){1, 7, 0});
+            }
         }
     }
     const fastbn_copy2d copy = {rows, width / 2, x, b.x.row, 2 * f.bytes, copied, width / 2 * f.bytes, f.bytes};

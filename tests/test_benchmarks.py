@@ -1,5 +1,6 @@
 """The benchmark suite works: shapes, a tiny run, its report, and a comparison. Its numbers are not tested."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -115,17 +116,19 @@ def test_benchmarks_kinds_of_a_case_take_turns(suite, tmp_path):
     """Every dtype, activation and number of threads has the same rounds, and is compared with its own right results."""
     (tmp_path / "kinds.txt").write_text("many 4 8 28 28 1\ntwo 2 512 1 1 1\n")
     path = tmp_path / "results.json"
-    kinds = ["--dtype", "f32,f16", "--activation", "relu,add+relu", "--threads", "1,2"]
+    dtypes = "f32,f16" + (",bf16" if importlib.util.find_spec("ml_dtypes") else "")
+    kinds = ["--dtype", dtypes, "--activation", "relu,add+relu", "--threads", "1,2"]
     options = ["--shapes-folder", tmp_path, "--shapes", "kinds", "--output", path, "--rounds", 2, "--idle", 0]
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two CPUs")
     output = start("run.py", "--quick", "--contenders", "limit-plain,limit-read,fastbn-out", *kinds, *options)
     found = json.loads(path.read_text())["cases"]
-    assert len({case["name"] for case in found}) == len(found) == 2 * 2 * 3 * 8, output
+    together = 4 * len(dtypes.split(","))
+    assert len({case["name"] for case in found}) == len(found) == 2 * 2 * 3 * together, output
     for case in found:
         assert set(case["seconds"]) == {"limit-plain", "limit-read", "fastbn-out"}, output
         assert {len(rounds) for rounds in case["seconds"].values()} == {2}
-    assert [case["case"]["op"] for case in found[:16]] == ["forward"] * 8 + ["inference"] * 8
+    assert [case["case"]["op"] for case in found[: 2 * together]] == ["forward"] * together + ["inference"] * together
 
 
 def in_kinds(*kinds):
@@ -142,14 +145,18 @@ def test_benchmarks_ratios_are_of_the_same_rounds(suite):
     results = in_kinds(
         (("f32", "relu", 1), {"fastbn-out": [2e-3, 4e-3, 8e-3], "torch": [1e-3] * 3, "limit-plain": [1e-3] * 3}),
         (("f16", "relu", 1), {"fastbn-out": [1e-3, 2e-3, 4e-3], "limit-plain": [0.25e-3] * 3}),
+        (("bf16", "relu", 1), {"fastbn-out": [4e-3, 8e-3, 16e-3], "torch": [2e-3] * 3}),
         (("f32", "relu", 2), {"fastbn-out": [1e-3] * 3}),
     )
     results.cases[1].unsettled = "it is not"
     name = results.cases[0].case.name
-    assert [line for line in ratios_table(results, "dtype").splitlines() if "net.a" in line] == [
-        f"| `{name}`* | 1, 4.00x (0%) | 4, 2.00x (0%) | 1 |"
+    table = ratios_table(results, "dtype")
+    assert [line for line in table.splitlines() if "net.a" in line] == [
+        f"| `{name}`* | 1, 4.00x (0%), - | 4, 2.00x (0%), 0.50x (0%) | 1, -, 0.50x (0%) |"
     ]
-    assert f"| `{name}` | 1 | 4, 4.00x (75%) | 1 |" in ratios_table(results, "threads")
+    assert "with dtype f32; then how many times as fast with f16, bf16 " in table
+    assert f"| `{name}` | 1, - | 4, 4.00x (75%) | 1, - |" in ratios_table(results, "threads")
+    assert ratios_table(results, "activation") == "None."
 
 
 def test_benchmarks_a_residual_is_counted_in_passes_of_reading(suite):
@@ -162,31 +169,36 @@ def test_benchmarks_a_residual_is_counted_in_passes_of_reading(suite):
     rows = [line for line in residual_table(results).splitlines() if "net.a" in line]
     name = results.cases[0].case.name
     assert rows == [
-        f"| `{name}` | limit | 1 | 2 | 1.5 | 0.75 (spread 33%) |",
-        f"| `{name}` | fastbn-out | 3 | 7.5 | 1.5 | 3.00 (spread 0%) |",
+        f"| `{name}` | limit | 1 | 2 | 1.5 | 0.75 (0.62 to 0.88) |",
+        f"| `{name}` | fastbn-out | 3 | 7.5 | 1.5 | 3.00 (3.00 to 3.00) |",
     ]
+    assert residual_table(in_kinds((("f32", "relu", 1), {"limit-read": [1.0]}))) == "None."
 
 
 def test_benchmarks_allocate_anew_for_every_part_of_the_rounds(suite, tmp_path):
-    """Who fails is asked no more, and everybody who is ready has all rounds."""
+    """Who fails is asked no more, and everybody who is ready has all rounds, of which each is everybody's."""
     from cases import Case, Shape
     from results import Results
     from run import Driver, Seat, parse
 
-    asked = []
+    asked, sampled = [], []
 
     class Fake(Driver):
-        def fitting(self, cases):
-            return {seat: case for case in cases for seat in self.processes if seat == Seat.of(seat.contender, case)}
+        def fitting(self, group):
+            return {seat: case for case in group for seat in self.processes if seat == Seat.of(seat.contender, case)}
 
         def ask(self, seat, do, **arguments):
             asked.append((seat.contender, do, arguments.get("verify")))
+            if do == "sample":
+                sampled.append(seat)
             return None if (seat.contender, do) == ("wrong", "prepare") else {"seconds": float(seat.threads)}
 
     driver = Fake(parse(["--rounds", "7", "--placements", "3", "--idle", "0"]), Results(), tmp_path)
     one, two = (Case("forward", "nchw", "f32", "identity", n, Shape("net", "a", 2, 3, 4, 5, 1)) for n in (1, 2))
     driver.processes = dict.fromkeys([Seat.of("right", one), Seat.of("wrong", one), Seat.of("right", two)])
     assert driver.attempt([one, two]) == {one: {"right": [1.0] * 7}, two: {"right": [2.0] * 7}}
+    turns = [set(sampled[i : i + 2]) for i in range(0, len(sampled), 2)]
+    assert turns == [{Seat.of("right", one), Seat.of("right", two)}] * 7
     assert [verify for name, do, verify in asked if (name, do) == ("right", "prepare")] == [True] * 2 + [False] * 4
     assert [(name, do) for name, do, _ in asked if name == "wrong"] == [("wrong", "prepare"), ("wrong", "release")]
     assert [do for name, do, _ in asked if name == "right"].count("release") == 6
@@ -208,12 +220,16 @@ def test_benchmarks_the_steadier_attempt_counts(suite, tmp_path):
     def measured(*attempts):
         driver = Driver(parse(["--retries", str(len(attempts) - 1)]), Results(), tmp_path)
         left = iter(attempts)
-        driver.attempt = lambda cases: dict(zip(cases, next(left), strict=True))
+        driver.attempt = lambda group: {c: s for c, s in zip(group, next(left), strict=True) if s}
         return {r.case: (r.samples, r.attempts, r.unsettled is None) for r in driver.measure([one, two])}
 
     assert measured([unsteady, steady], [steady, steady]) == {one: (steady, 2, True), two: (steady, 2, True)}
     assert measured([steady, steady], [worse, worse])[one] == (steady, 1, True)
     assert measured([unsteady, steady], [worse, steady]) == {one: (unsteady, 2, False), two: (steady, 2, True)}
+    # and one in which somebody is missing is no better
+    assert measured([unsteady, steady], [None, steady]) == {one: (unsteady, 2, False), two: (steady, 2, True)}
+    without = {"limit-plain": [1.0] * 5}
+    assert measured([unsteady, steady], [without, steady]) == {one: (unsteady, 2, False), two: (steady, 2, True)}
 
 
 def test_benchmarks_lists_on_the_command_line(suite, capsys):

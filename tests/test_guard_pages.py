@@ -35,11 +35,15 @@ class Guarded:
 
 def shapes(tail: int) -> dict[str, tuple[int, ...]]:
     """Planar runs and interleaved rows of this length."""
-    return {"planar": (3, 3, tail), "interleaved": (35, tail)}  # 35: whole folded rows, and a rest
+    return {
+        "planar": (3, 3, tail),
+        "adjoining": (17, 3, tail),  # also with a mask
+        "interleaved": (35, tail),  # whole folded rows, and a rest
+    }
 
 
 @pytest.mark.parametrize("at_end", [True, False], ids=["before-page", "behind-page"])
-@pytest.mark.parametrize("family", ["planar", "interleaved"])
+@pytest.mark.parametrize("family", ["planar", "adjoining", "interleaved"])
 @each_isa
 @each_dtype
 @pytest.mark.parametrize("stream", [False, True], ids=["stored", "streamed"])
