@@ -118,7 +118,8 @@ cdef enum:
     UNSPREAD_COLUMNS = 8 * FASTBN_LANES
     UNSPREAD_ROWS = 3
     # Planes with masks, whose bits lie plane by plane and must be moved for a common row: in the caches that costs more
-    # than the tails of planes of so many values.
+    # than the tails of planes of so many values, and from memory too where a group is no whole lines. Backward also
+    # wants two planes of shorter ones.
     MASKED_COLUMNS = 4 * FASTBN_LANES
     # What reduce reads of a group from which on map does not find it in an L2 cache of half a megabyte; and up to which
     # sums beside forward's map may ask a whole group ahead.
@@ -635,7 +636,11 @@ cdef void cut(Job *job) noexcept nogil:
     if job.by_channel:
         least_large *= <double>measured.stream_by_channel / measured.stream
     large = all_bytes >= least_large
-    if job.mask != NULL and (job.outer < SPREAD_ROWS or (job.inner >= MASKED_COLUMNS and not large)):
+    whole = FASTBN_LANES // gcd(job.inner, FASTBN_LANES)  # so many channels are whole lines of the cache
+    if job.mask != NULL and (job.outer < SPREAD_ROWS
+                             or (job.dy.data != NULL and 2 * job.outer * run > LARGE_UNIT_BYTES)
+                             or (job.inner >= MASKED_COLUMNS
+                                 and (not large or whole * job.outer * run > LARGE_UNIT_BYTES))):
         adjoining = False
     if job.planar:
         if job.inner > job.segment:
@@ -648,7 +653,6 @@ cdef void cut(Job *job) noexcept nogil:
         values = job.outer * job.inner if job.by_channel else job.rows_per_block * min(job.inner, job.segment)
         unit = (LARGE_UNIT_BYTES if large else UNIT_BYTES) if job.by_channel else PHASE_UNIT_BYTES
         job.group = max(1, min(unit // (values * job.kernels.itemsize), job.channels // job.threads))
-        whole = FASTBN_LANES // gcd(job.inner, FASTBN_LANES)  # so many channels are whole lines of the cache
         if adjoining and job.reduce == NULL:
             rows = max(1, piece // (job.channels * run))
             if job.dy.data == NULL and job.mask == NULL and job.inner >= UNSPREAD_COLUMNS:
