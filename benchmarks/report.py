@@ -26,7 +26,6 @@ from results import (
     Group,
     Result,
     Results,
-    Samples,
     by_network,
     is_limit,
     limit_of,
@@ -34,6 +33,7 @@ from results import (
     paired,
     shares,
     totals,
+    with_limit,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,13 +156,6 @@ def slower_table(results: Results) -> str:
     return table(["case", "faster contender", "than", "its time / ours"], rows) if rows else "None."
 
 
-def with_limit(result: Result) -> Samples:
-    """Samples of those that compute something, and of the best limit."""
-    limit = limit_of(result.samples)
-    others = {name: rounds for name, rounds in result.samples.items() if not is_limit(name)}
-    return ({"limit": limit} if limit else {}) | others
-
-
 def in_turns(results: Results, field: str) -> tuple[list[Any], list[dict[Any, Result]]]:
     """The values of a field of cases, and for cases that differ in nothing else, which result is whose. For one file:
     only there are rounds the same."""
@@ -179,10 +172,10 @@ def ratios_table(results: Results, field: str) -> str:
     groups = [group for group in groups if len(group) > 1 and values[0] in group]
     if not groups:
         return "None."
-    names = list(dict.fromkeys(name for group in groups for name in with_limit(group[values[0]])))
+    names = list(dict.fromkeys(name for group in groups for name in with_limit(group[values[0]].samples)))
     rows = []
     for group in groups:
-        samples = {value: with_limit(result) for value, result in group.items()}
+        samples = {value: with_limit(result.samples) for value, result in group.items()}
         row = [f"`{group[values[0]].case.name}`" + "*" * any(result.unsettled is not None for result in group.values())]
         for name in names:
             base = samples[values[0]].get(name)
@@ -205,7 +198,8 @@ def residual_table(results: Results) -> str:
             added = group.get(f"add+{activation}")
             if added is None or READ_PASS not in result.samples:
                 continue
-            one, without, with_it = result.samples[READ_PASS], with_limit(result), with_limit(added)
+            one = result.samples[READ_PASS]
+            without, with_it = with_limit(result.samples), with_limit(added.samples)
             star = "*" if result.unsettled or added.unsettled else ""
             for name in [name for name in without if name in with_it]:
                 passes = [(a - b) / c for a, b, c in zip(with_it[name], without[name], one, strict=False)]

@@ -35,6 +35,13 @@ def limit_of(samples: Samples) -> list[float] | None:
     return min(present, key=lambda rounds: float(np.median(rounds))) if present else None
 
 
+def with_limit(samples: Samples) -> Samples:
+    """The fastest limit as "limit", and those that compute something."""
+    limit = limit_of(samples)
+    others = {name: rounds for name, rounds in samples.items() if not is_limit(name)}
+    return ({"limit": limit} if limit else {}) | others
+
+
 def paired(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[float, float]:
     """Median over rounds of the ratio, and its interquartile range as a part of it."""
     rounds = min(len(numerator), len(denominator))
@@ -158,18 +165,11 @@ def by_network(results: Results) -> dict[Group, list[Result]]:
 def totals(group: Sequence[Result]) -> Samples:
     """Seconds per round of all layers of a network, for contenders that have done every shape; "limit" is the sum of
     the best limits."""
-    names = {name for name in set.intersection(*(set(result.samples) for result in group)) if not is_limit(name)}
-    sums: Samples = {}
+    samples = [with_limit(result.samples) for result in group]
     rounds = min(len(r) for result in group for r in result.samples.values())
-
-    def add(name: str, seconds: Sequence[float], count: int) -> None:
-        before = sums.get(name, [0.0] * rounds)
-        sums[name] = [a + count * b for a, b in zip(before, seconds[:rounds], strict=True)]
-
-    for result in group:
-        for name in names:
-            add(name, result.samples[name], result.case.shape.count)
-        limit = limit_of(result.samples)
-        if limit is not None:
-            add("limit", limit, result.case.shape.count)
+    sums: Samples = {}
+    for name in set.intersection(*map(set, samples)):
+        sums[name] = [0.0] * rounds
+        for result, own in zip(group, samples, strict=True):
+            sums[name] = [a + result.case.shape.count * b for a, b in zip(sums[name], own[name], strict=False)]
     return sums

@@ -257,19 +257,19 @@ class Driver:
         folder.mkdir(exist_ok=True)
         return folder
 
-    def write(self, case: Case, inputs: dict[str, Array], right: dict[str, Array]) -> None:
-        arrays = {name: array for name, array in inputs.items() if "running" not in name}
-        arrays |= {f"{name}_expected": right[name] for name in cases.expected_names(case)}
-        arrays |= {name: right[name].astype(inputs["gamma"].dtype) for name in ("mean", "var")}
-        arrays |= {"y": right["y"]}
-        scale = np.abs(right["y"]).max()
-        if case.op == "backward":
-            scale = np.abs(inputs["dy"]).max() * np.abs(inputs["gamma"] / np.sqrt(right["var"] + cases.EPS)).max()
-        arrays["scale"] = np.asarray(scale, np.float64)
+    def write(self, arrays: dict[str, Array], case: Case) -> None:
         for name, array in arrays.items():
             turn = case.layout == "nhwc" and array.ndim == 4
             turned = np.ascontiguousarray(np.moveaxis(array, 1, -1)) if turn else array
             np.save(self.arrays_of(case.dtype, case.activation) / f"{name}.npy", turned)
+
+    def write_right(self, case: Case, inputs: dict[str, Array], right: dict[str, Array]) -> None:
+        arrays = {f"{name}_expected": right[name] for name in cases.expected_names(case)}
+        arrays |= {name: right[name].astype(inputs["gamma"].dtype) for name in ("mean", "var")}
+        scale = np.abs(right["y"]).max()
+        if case.op == "backward":
+            scale = np.abs(inputs["dy"]).max() * np.abs(inputs["gamma"] / np.sqrt(right["var"] + cases.EPS)).max()
+        self.write(arrays | {"y": right["y"], "scale": np.asarray(scale, np.float64)}, case)
 
     def run_shape(self, shape: Shape) -> None:
         a = self.args
@@ -279,10 +279,14 @@ class Driver:
         for dtype, activation in sorted({(case.dtype, case.activation) for group in todo for case in group}):
             inputs = cases.make_inputs(shape, dtype, ops, activation)
             known[dtype, activation] = inputs, cases.right_results_of(inputs, ops, activation)
+        written = None
         for group in todo:
             for case in {(case.dtype, case.activation): case for case in group}.values():
                 inputs, right = known[case.dtype, case.activation]
-                self.write(case, inputs, right[case.op])
+                if case.layout != written:
+                    self.write({name: array for name, array in inputs.items() if "running" not in name}, case)
+                self.write_right(case, inputs, right[case.op])
+            written = group[0].layout
             for result in self.measure(group):
                 self.add(result)
 
