@@ -28,12 +28,15 @@ class Contender:
         whether memory suffices.
     dtypes, functions, residual
         What it can do: dtype codes, activations, and whether it adds a residual before them.
+    can_be_read
+        Whether somebody can read its result next (`limit.read_after`): it has no threads that would be in the way.
     """
 
     buffers: ClassVar[dict[str, int]] = {"forward": 3, "inference": 3, "backward": 5}
     dtypes: tuple[str, ...] = ("f32", "f64")
     functions: tuple[str, ...] = ("identity", "relu")
     residual = True
+    can_be_read = False
     verified = True  # False: nothing is computed, there is no result to check
 
     def __init__(self, threads: int, offset: int) -> None:

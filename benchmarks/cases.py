@@ -63,10 +63,15 @@ class Case:
     activation: str
     threads: int
     shape: Shape
+    reader: bool = False  # whether the time is also that of somebody who reads the result once afterwards
+
+    @property
+    def work(self) -> str:
+        return f"{self.op} then read" if self.reader else self.op
 
     @property
     def name(self) -> str:
-        kind = f"{self.op}/{self.layout}-{self.dtype}-{self.activation}"
+        kind = f"{self.work.replace(' ', '-')}/{self.layout}-{self.dtype}-{self.activation}"
         return f"{kind}/t{self.threads}/{self.shape.network}.{self.shape.layer}"
 
     @property
@@ -134,13 +139,14 @@ def cases_in_turns(
     dtypes: Sequence[str],
     activations: Sequence[str],
     threads: Sequence[int],
+    readers: Sequence[bool] = (False,),
 ) -> Iterator[list[Case]]:
     """All combinations that exist (one value per channel has no training): each layout and operation with every dtype,
-    activation and number of threads, which take turns and so can be compared."""
+    activation and number of threads, without and with a reader, which take turns and so can be compared."""
     for layout, op in itertools.product(layouts, ops):
         if op == "inference" or shape.values > shape.C:
-            kinds = itertools.product(dtypes, activations, threads)
-            yield [Case(op, layout, *kind, shape) for kind in kinds]
+            kinds = itertools.product(dtypes, activations, threads, readers)
+            yield [Case(op, layout, *kind, shape, reader) for *kind, reader in kinds]
 
 
 def limit_passes(case: Case) -> list[str]:
@@ -162,8 +168,8 @@ TENSORS = {"read": 1, "read2": 2, "copy": 2, "read2_write1": 3, "read2_write2": 
 
 
 def moved_bytes(case: Case) -> int:
-    """Bytes that the limit reads and writes: what GB/s counts."""
-    return case.nbytes * sum(TENSORS[name] for name in limit_passes(case))
+    """Bytes that the limit reads and writes, and a reader: what GB/s counts."""
+    return case.nbytes * (sum(TENSORS[name] for name in limit_passes(case)) + case.reader)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ class OneDNN(Contender):
     dtypes = ("f32",)
     residual = False
     blocked = False
+    can_be_read = True
 
     def load(self) -> None:
         self._library = find_library()

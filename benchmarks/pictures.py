@@ -79,7 +79,7 @@ def draw_bars(axis: Any, milliseconds: dict[str, float]) -> None:
 
 def of_one_kind(results: Results) -> list[Result]:
     """Without an activation, of the dtype and the number of threads that come first."""
-    plain = [r for r in results.cases if r.case.activation == "identity"]
+    plain = [r for r in results.cases if r.case.activation == "identity" and not r.case.reader]
     return [r for r in plain if (r.case.dtype, r.case.threads) == (plain[0].case.dtype, plain[0].case.threads)]
 
 

@@ -64,9 +64,9 @@ def contenders_of(results: Results) -> list[str]:
 
 
 def title(group: Group) -> str:
-    network, op, layout, dtype, activation, threads = group
+    network, work, layout, dtype, activation, threads = group
     plain = activation == "identity"
-    return f"{network}, {op}{'' if plain else ' + ' + activation}, {layout.upper()} {dtype}, {threads} threads"
+    return f"{network}, {work}{'' if plain else ' + ' + activation}, {layout.upper()} {dtype}, {threads} threads"
 
 
 def machine_table(results: Results) -> str:

@@ -148,11 +148,11 @@ def load_all(paths: Sequence[Path]) -> Results:
     return merged
 
 
-Group = tuple[str, str, str, str, str, int]  # network, op, layout, dtype, activation, threads
+Group = tuple[str, str, str, str, str, int]  # network, what is done, layout, dtype, activation, threads
 
 
 def group_of(case: Case) -> Group:
-    return (case.shape.network, case.op, case.layout, case.dtype, case.activation, case.threads)
+    return (case.shape.network, case.work, case.layout, case.dtype, case.activation, case.threads)
 
 
 def by_network(results: Results) -> dict[Group, list[Result]]:

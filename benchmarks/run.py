@@ -32,9 +32,8 @@ import numpy as np
 import cases
 import machine
 from cases import Array, Case, Shape
-from contenders import CONTENDERS, GROUPS
+from contenders import BY_NAME, CONTENDERS, GROUPS
 from results import (
-    READ_PASS,
     Result,
     Results,
     Samples,
@@ -61,10 +60,11 @@ class Seat(NamedTuple):
     dtype: str
     activation: str
     threads: int
+    reader: bool
 
     @classmethod
     def of(cls, contender: str, case: Case) -> Seat:
-        return cls(contender, case.dtype, case.activation, case.threads)
+        return cls(contender, case.dtype, case.activation, case.threads, case.reader)
 
 
 class Process:
@@ -134,7 +134,8 @@ class Driver:
 
     def start_workers(self) -> None:
         a = self.args
-        for seat in itertools.starmap(Seat, itertools.product(a.contenders, a.dtype, a.activation, a.threads)):
+        kinds = itertools.product(a.contenders, a.dtype, a.activation, a.threads, a.reader)
+        for seat in itertools.starmap(Seat, kinds):
             log = self.folder / f"{'-'.join(map(str, seat))}.log"
             try:
                 process = Process(seat.contender, seat.threads, a.offset, a.cpus[: seat.threads], log)
@@ -273,7 +274,7 @@ class Driver:
 
     def run_shape(self, shape: Shape) -> None:
         a = self.args
-        todo = list(cases.cases_in_turns(shape, a.layout, a.ops, a.dtype, a.activation, a.threads))
+        todo = list(cases.cases_in_turns(shape, a.layout, a.ops, a.dtype, a.activation, a.threads, a.reader))
         ops = [op for op in a.ops if any(group[0].op == op for group in todo)]
         known = {}
         for dtype, activation in sorted({(case.dtype, case.activation) for group in todo for case in group}):
@@ -363,12 +364,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="few rounds, short samples, and unless told otherwise few cases")
     add("--shapes", type=words, help="shape files (default resnet50,bn_inception), or layers as resnet50.bn2a")
-    everybody = [name for name in CONTENDERS if name != READ_PASS]
+    everybody = [name for name in CONTENDERS if name not in BY_NAME]
     add(
         "--contenders",
         type=words,
         default=everybody,
-        help="names, or the groups limit and fastbn; limit-read only by name",
+        help=f"names, or the groups limit and fastbn; {' and '.join(BY_NAME)} only by name",
     )
     add("--ops", type=words, default=list(cases.OPS), help=",".join(cases.OPS))
     add("--layout", type=words, default=list(cases.LAYOUTS), help=",".join(cases.LAYOUTS))
@@ -376,6 +377,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--activation", type=words, default=["identity"], help="relu, add+relu, ...; several of them take turns")
     threads_help = "of every contender, on as many CPUs; several of them take turns"
     add("--threads", type=words, default=[str(len(available))], help=threads_help)
+    reader_help = "whether the result is read once in the time that counts: no,yes; both take turns"
+    add("--reader", type=words, default=["no"], help=reader_help)
     add("--offset", type=int, default=0, help="bytes by which arrays miss an alignment of 64; 16 is NumPy's habit")
     add("--rounds", type=int, help="samples of each contender (default 15)")
     add("--placements", type=int, help="how often in these rounds arrays are allocated anew (default 3)")
@@ -400,6 +403,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.activation = chosen(parser, "activation", args.activation, cases.activations())
     counts = [str(count + 1) for count in range(len(available))]
     args.threads = [int(count) for count in chosen(parser, "threads", args.threads, counts)]
+    args.reader = [answer == "yes" for answer in chosen(parser, "reader", args.reader, ["no", "yes"])]
     args.cpus = available[: max(args.threads)]
     default = ["resnet50.bn3b", "tiny.cube8"] if args.quick else ["resnet50", "bn_inception"]
     args.shapes = default if args.shapes is None else args.shapes
@@ -435,6 +439,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "dtype",
         "activation",
         "threads",
+        "reader",
         "offset",
         "rounds",
         "placements",

@@ -22,6 +22,7 @@ import numpy as np
 
 from base import Call, Contender, UnsupportedError
 from cases import Array, Case, Data, aligned_copy, difference, expected_names, np_dtype
+from limit import read_after
 
 MOST_CALLS = 5000
 # Of untimed calls before each sample, which are several: what fits into a large L3 cache is not in it after one (on a
@@ -46,6 +47,8 @@ class Worker:
         self, case_record: dict[str, Any], folder_name: str, target: float, warm: int, verify: bool
     ) -> dict[str, Any]:
         case, folder, self.warm = Case.from_json(case_record), Path(folder_name), warm
+        if case.reader and not self.contender.can_be_read:
+            return {"unsupported": "its threads would be in the way of who reads next"}
         names = ["x", "gamma", "beta", "mean", "var"] if self.contender.verified else []
         if self.contender.verified:
             names += (["dy"] if case.op == "backward" else []) + (["residual"] if case.residual else [])
@@ -66,6 +69,8 @@ class Worker:
             return {"wrong": wrong}
         del returned
         gc.collect()
+        if case.reader:
+            self.call = read_after(self.call, self.contender.threads)
         seconds = self._time(1)
         if seconds < 10 * target:  # the first calls wake threads, which may take the system's clock tick
             seconds = min(self._time(1) for _ in range(5))

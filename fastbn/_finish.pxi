@@ -93,16 +93,16 @@ cdef inline bint is_exact(Job *job) noexcept nogil:
 
 
 cdef enum:
-    # Channels whose blocks are added side by side: their additions do not wait for one another.
-    SIDE_BY_SIDE = 8
+    # Channels whose blocks are added side by side.
+    SIDE_BY_SIDE = 64
 
 
 cdef inline void add_some(Job *job, double *sums, int channels) noexcept nogil:
-    """Neighbouring channels, one plane."""
+    """Neighbouring channels, one plane: block by block, in the order of memory."""
     cdef bint exact = is_exact(job)
     cdef double total[SIDE_BY_SIDE]
     cdef double lost[SIDE_BY_SIDE]
-    cdef double value, larger, smaller
+    cdef double added, second
     cdef const double *values = sums
     cdef int64_t block, k
     cdef int i
@@ -111,15 +111,16 @@ cdef inline void add_some(Job *job, double *sums, int channels) noexcept nogil:
         total[i] = lost[i] = 0
     for block in range(job.blocks):
         for k in range(job.fold):
-            for i in range(channels):
-                value = values[k * job.channels + i]
-                larger = total[i] if fabs(total[i]) >= fabs(value) else value
-                smaller = value if fabs(total[i]) >= fabs(value) else total[i]
-                total[i] += value
-                lost[i] += (larger - total[i]) + smaller
-                if exact:
-                    lost[i] += values[2 * job.width + k * job.channels + i]
-        values += job.kernels.sums * job.width
+            for i in range(channels):  # `two_sum`, so that compilers take several at once
+                added = total[i] + values[i]
+                second = added - total[i]
+                lost[i] += (total[i] - (added - second)) + (values[i] - second)
+                total[i] = added
+            if exact:
+                for i in range(channels):
+                    lost[i] += values[2 * job.width + i]
+            values += job.channels
+        values += job.kernels.sums * job.width - job.fold * job.channels
     for i in range(channels):
         # an infinite total has lost NaN
         sum = two_sum(total[i], finite(lost[i])) if exact else single(total[i] + finite(lost[i]))
@@ -134,12 +135,9 @@ cdef void add_blocks(Job *job, int64_t first, int64_t last) noexcept nogil:
     cdef int64_t plane, channel
     for plane in range(2):
         channel = first
-        while channel + SIDE_BY_SIDE <= last:
-            add_some(job, job.sums + plane * job.width + channel, SIDE_BY_SIDE)
-            channel += SIDE_BY_SIDE
         while channel < last:
-            add_some(job, job.sums + plane * job.width + channel, 1)
-            channel += 1
+            add_some(job, job.sums + plane * job.width + channel, <int>min(SIDE_BY_SIDE, last - channel))
+            channel += SIDE_BY_SIDE
 
 
 cdef inline Pair sum_of(Job *job, int64_t channel, int plane) noexcept nogil:

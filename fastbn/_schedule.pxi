@@ -67,6 +67,7 @@ cdef struct Job:
     int64_t units
     int64_t map_rows  # interleaved: map goes over whole rows, so many a unit
     int64_t map_units
+    int64_t finished  # channels that are finished together, in phases
     bint by_channel   # planar: all three steps for a group before the next
     bint staggered    # and the map of a group beside the reduce of the next
     bint map_asks     # forward without sums: map reads memory, and asks for it ahead
@@ -117,9 +118,7 @@ cdef enum:
     SPREAD_ROWS = 16
     UNSPREAD_COLUMNS = 8 * FASTBN_LANES
     UNSPREAD_ROWS = 3
-    # Planes with masks, whose bits lie plane by plane and must be moved for a common row: in the caches that costs more
-    # than the tails of planes of so many values, and from memory too where a group is no whole lines. Backward also
-    # wants two planes of shorter ones.
+    # Values of a plane whose tail costs less than moving the bits of its mask.
     MASKED_COLUMNS = 4 * FASTBN_LANES
     # What reduce reads of a group from which on map does not find it in an L2 cache of half a megabyte; and up to which
     # sums beside forward's map may ask a whole group ahead.
@@ -473,7 +472,7 @@ cdef void map_units(Job *job, int thread, int64_t first, int64_t last) noexcept 
                     column += columns
 
 
-cdef void finish_channels(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
+cdef void finish_channels(Job *job, int64_t first, int64_t last) noexcept nogil:
     cdef int64_t channel
     if job.reduce != NULL:
         add_blocks(job, first, last)
@@ -481,12 +480,25 @@ cdef void finish_channels(Job *job, int thread, int64_t first, int64_t last) noe
         job.redo[channel] = job.finish(job, channel, False)
 
 
-cdef void finish_redone(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
-    cdef int64_t channel
-    for channel in range(first, last):
-        if job.redo[channel]:
-            add_blocks(job, channel, channel + 1)
-            job.finish(job, channel, True)
+cdef void finish_redone(Job *job, int64_t first, int64_t last) noexcept nogil:
+    cdef int64_t channel = first, end, redone
+    while channel < last:
+        end = channel
+        while end < last and job.redo[end]:
+            end += 1
+        add_blocks(job, channel, end)
+        for redone in range(channel, end):
+            job.finish(job, redone, True)
+        channel = end + 1
+
+
+cdef void finish_units(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
+    """A unit is some channels, whole lines of the cache where there are enough of them for all threads."""
+    first, last = first * job.finished, min(last * job.finished, job.channels)
+    if job.again:
+        finish_redone(job, first, last)
+    else:
+        finish_channels(job, first, last)
 
 
 cdef void reduce_group(Job *job, int thread, int64_t channel, int64_t channels) noexcept nogil:
@@ -496,10 +508,10 @@ cdef void reduce_group(Job *job, int thread, int64_t channel, int64_t channels) 
 
 
 cdef void finish_group(Job *job, int thread, int64_t channel, int64_t channels) noexcept nogil:
-    finish_channels(job, thread, channel, channel + channels)
+    finish_channels(job, channel, channel + channels)
     if any_redo(job, channel, channel + channels):
         reduce_group(job, thread, channel, channels)
-        finish_redone(job, thread, channel, channel + channels)
+        finish_redone(job, channel, channel + channels)
 
 
 cdef void map_group(Job *job, int thread, int64_t channel, int64_t channels) noexcept nogil:
@@ -607,6 +619,17 @@ cdef bint balanced(int64_t channels, int threads) noexcept nogil:
     return 4 * ceil_div(channels, threads) * threads <= 5 * channels
 
 
+cdef bint moving_bits_pays(Job *job, bint large, int64_t whole) noexcept nogil:
+    """Whether adjoining planes are one row though the bits of a mask, which lie plane by plane, must be moved."""
+    cdef int64_t plane = job.outer * job.inner * job.kernels.itemsize  # of a channel, in all images
+    if job.outer < SPREAD_ROWS:
+        return False
+    if job.dy.data != NULL and 2 * plane > LARGE_UNIT_BYTES:  # backward wants two
+        return False
+    # In the caches it costs more than the tails of longer planes, and from memory too where a group is no whole lines.
+    return job.inner < MASKED_COLUMNS or (large and whole * plane <= LARGE_UNIT_BYTES)
+
+
 cdef void cut(Job *job) noexcept nogil:
     """Fix blocks and units. Nothing that cuts a sum depends on anything but the shape."""
     cdef int64_t rows, values, unit, piece, whole, arrays, all_bytes
@@ -637,10 +660,7 @@ cdef void cut(Job *job) noexcept nogil:
         least_large *= <double>measured.stream_by_channel / measured.stream
     large = all_bytes >= least_large
     whole = FASTBN_LANES // gcd(job.inner, FASTBN_LANES)  # so many channels are whole lines of the cache
-    if job.mask != NULL and (job.outer < SPREAD_ROWS
-                             or (job.dy.data != NULL and 2 * job.outer * run > LARGE_UNIT_BYTES)
-                             or (job.inner >= MASKED_COLUMNS
-                                 and (not large or whole * job.outer * run > LARGE_UNIT_BYTES))):
+    if job.mask != NULL and not moving_bits_pays(job, large, whole):
         adjoining = False
     if job.planar:
         if job.inner > job.segment:
@@ -750,16 +770,19 @@ cdef int64_t sums_size(Job *job) noexcept nogil:
 
 cdef void run_in_phases(Job *job) noexcept nogil:
     cdef int64_t sums = job.blocks * job.width if job.reduce != NULL else 0
+    cdef int64_t units
     cdef int finishers = 1 if sums + CHANNEL_SUMS * job.channels < SERIAL_SUMS else job.threads
     job.again = False
+    job.finished = max(1, min(FASTBN_ALIGNMENT // sizeof(double), ceil_div(job.channels, finishers)))
+    units = ceil_div(job.channels, job.finished)
     if job.reduce != NULL:
         phase(job, shift_channels, job.channels, finishers if job.planar and shifts_by_first(job) else 1, False)
         phase(job, reduce_units, job.units, job.threads, False)
-    phase(job, finish_channels, job.channels, finishers, False)
+    phase(job, finish_units, units, finishers, False)
     if job.reduce != NULL and any_redo(job, 0, job.channels):
         job.again = True
         phase(job, reduce_units, job.units, job.threads, False)
-        phase(job, finish_redone, job.channels, finishers, False)
+        phase(job, finish_units, units, finishers, False)
     if job.map != NULL and not (job.finite_first and not all_finite(job)):
         phase(job, map_units, job.map_units, job.threads, True)
 

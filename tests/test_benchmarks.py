@@ -131,6 +131,46 @@ def test_benchmarks_kinds_of_a_case_take_turns(suite, tmp_path):
     assert [case["case"]["op"] for case in found[: 2 * together]] == ["forward"] * together + ["inference"] * together
 
 
+def test_benchmarks_results_are_read_afterwards(suite, tmp_path, monkeypatch):
+    """All whole lines of the first result, by those whose threads leave the CPUs to who reads."""
+    import limit
+    from base import Contender
+    from cases import Case, Shape
+    from worker import Worker
+
+    read = []
+    monkeypatch.setattr(limit, "load_limit", lambda: lambda *arguments: read.append(arguments))
+    memory = np.zeros(1024, np.uint8)
+    start = -memory.ctypes.data % 64
+    line = memory.ctypes.data + start
+    for begin, end, address, size in ((0, 256, line, 256), (4, 252, line + 64, 128)):
+        part = memory[start + begin : start + end]
+        returned = (part, memory)
+        assert limit.read_after(lambda result=returned: result, 2)() is returned
+        limit.read_after(lambda result=part: result, 2)()
+        assert read == [(limit.KERNELS.index("read"), 0, 2, size, *[address] * 4)] * 2
+        read.clear()
+    case = Case("inference", "nchw", "f32", "identity", 1, Shape("net", "a", 2, 3, 4, 5, 1), reader=True)
+    answer = Worker(Contender(1, 0)).prepare(case.to_json(), str(tmp_path), 1e-3, 1, False)
+    assert "in the way" in answer["unsupported"]
+
+
+def test_benchmarks_with_a_reader_and_without_take_turns(suite, tmp_path):
+    from report import totals_table
+    from results import Results
+
+    (tmp_path / "net.txt").write_text("a 2 3 40 50 1\n")
+    path = tmp_path / "results.json"
+    options = ["--shapes-folder", tmp_path, "--shapes", "net", "--output", path, "--rounds", 2, "--idle", 0]
+    names = ["limit-plain", "fastbn-out", "fastbn-streamed", "numpy"]
+    start("run.py", "--quick", "--contenders", ",".join(names), "--reader", "no,yes", "--threads", 1, *options)
+    results = Results.load(path)
+    assert [case.case.reader for case in results.cases] == [False, True] * 6
+    assert all(set(case.samples) == set(names) for case in results.cases)
+    rows = [line for line in totals_table(results).splitlines() if line.startswith("| net, ")]
+    assert len(rows) == 12 and sum(", backward then read, NHWC" in row for row in rows) == 1
+
+
 def in_kinds(*kinds):
     from cases import Case, Shape
     from results import Result, Results
@@ -235,7 +275,8 @@ def test_benchmarks_the_steadier_attempt_counts(suite, tmp_path):
 def test_benchmarks_lists_on_the_command_line(suite, capsys):
     from run import parse
 
-    assert "limit-read" not in parse([]).contenders
+    assert not {"limit-read", "fastbn-streamed"} & set(parse([]).contenders)
+    assert (parse([]).reader, parse(["--reader", "yes,no"]).reader) == ([False], [True, False])
     assert parse(["--threads", "1", "--dtype", "bf16,f32"]).dtype == ["bf16", "f32"]
     assert (parse([]).placements, parse(["--rounds", "2"]).placements, parse(["--quick"]).placements) == (3, 2, 1)
     for wrong in (
@@ -243,6 +284,7 @@ def test_benchmarks_lists_on_the_command_line(suite, capsys):
         ["--threads", "0"],
         ["--dtype", "f31"],
         ["--activation", "?"],
+        ["--reader", "maybe"],
     ):
         with pytest.raises(SystemExit):
             parse(wrong)
