@@ -430,16 +430,28 @@ cdef inline int64_t first_of(Job *job, int64_t group) noexcept nogil:
     return min((first + i * (here // each) + min(i, here % each)) * job.grain, job.channels)
 
 
+cdef inline int64_t planar_group(Job *job, int64_t unit) noexcept nogil:
+    """All blocks of a group follow one another; without sums, units do in the order of memory: a part of them is some
+    images, as for whoever has written x or will read y."""
+    return unit // job.blocks if job.reduce != NULL else unit // job.segments % job.groups
+
+
+cdef inline int64_t planar_block_of(Job *job, int64_t unit) noexcept nogil:
+    if job.reduce != NULL:
+        return unit % job.blocks
+    return unit // (job.segments * job.groups) * job.segments + unit % job.segments
+
+
 cdef void reduce_units(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
     """A unit is one block of one group."""
     cdef int64_t unit, group, block, row, channel, end, rows = job.outer // job.fold
     for unit in range(first, last):
-        group = unit // job.blocks if job.planar else unit % job.groups
+        group = planar_group(job, unit) if job.planar else unit % job.groups
         channel, end = first_of(job, group), first_of(job, group + 1)
         if job.again and not any_redo(job, channel, min(end, job.channels)):
             continue
         if job.planar:
-            run_planar(job, job.reduce, thread, channel, end - channel, unit % job.blocks, False)
+            run_planar(job, job.reduce, thread, channel, end - channel, planar_block_of(job, unit), False)
         else:
             block = unit // job.groups
             row = block * FASTBN_INTERLEAVED_BLOCK
@@ -454,12 +466,13 @@ cdef void reduce_units(Job *job, int thread, int64_t first, int64_t last) noexce
 cdef void map_units(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
     """From the last unit to the first: what reduce has read last is still in the cache. A unit is one block of one
     group (planar), or some rows, whole ones unless they are packed."""
-    cdef int64_t unit, channel, end, row, column, rows = job.outer // job.fold
+    cdef int64_t unit, group, channel, end, row, column, rows = job.outer // job.fold
     cdef int64_t columns = job.group if job.packed else job.width
     for unit in range(last - 1, first - 1, -1):
         if job.planar:
-            channel, end = first_of(job, unit // job.blocks), first_of(job, unit // job.blocks + 1)
-            run_planar(job, job.map, thread, channel, end - channel, unit % job.blocks, True)
+            group = planar_group(job, unit)
+            channel, end = first_of(job, group), first_of(job, group + 1)
+            run_planar(job, job.map, thread, channel, end - channel, planar_block_of(job, unit), True)
         else:
             row = unit * job.map_rows
             if row >= rows:
