@@ -99,10 +99,9 @@ class FastBNStreamed(FastBN):
 class Numpy(Contender):
     """The formula, as NumPy users write it; half precision in float32."""
 
-    can_be_read = True
-
     buffers: ClassVar[dict[str, int]] = {"forward": 7, "inference": 7, "backward": 7}
     dtypes = ("f32", "f64", "f16", "bf16")
+    can_be_read = True
 
     def forward(self, case: Case, data: Data) -> Call:
         axes, gamma, beta, _mean, _var = self._broadcast(case, data)

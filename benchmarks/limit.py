@@ -15,10 +15,9 @@ import numpy as np
 
 import cases
 from base import Call, Contender, UnsupportedError
-from cases import Case, Data
+from cases import ALIGNMENT, Case, Data
 
 KERNELS = ("read", "read2", "copy", "read2_write1", "read2_write2")  # the enum of limit.c
-LINE = 64
 SERIAL_BYTES = 4 << 20  # larger tensors are not tried on one thread
 
 
@@ -63,8 +62,8 @@ def read_after(call: Call, threads: int) -> Call:
         returned = call()
         result = returned if isinstance(returned, np.ndarray) else next(iter(returned))
         start = result.__array_interface__["data"][0]
-        first = -(-start // LINE) * LINE
-        size = (start + result.nbytes - first) // LINE * LINE
+        first = -(-start // ALIGNMENT) * ALIGNMENT
+        size = (start + result.nbytes - first) // ALIGNMENT * ALIGNMENT
         run(read, 0, threads, size, first, first, first, first)
         return returned
 
@@ -90,7 +89,7 @@ class Limit(Contender):
     def prepare(self, case: Case, data: Data) -> Call:
         if self.serial and (self.threads == 1 or case.nbytes > SERIAL_BYTES):
             raise UnsupportedError(f"one thread is only tried for tensors up to {SERIAL_BYTES >> 20} MiB")
-        size = -(-case.nbytes // LINE) * LINE
+        size = -(-case.nbytes // ALIGNMENT) * ALIGNMENT
         passes = self.passes(case)
         if self.stream and not any("write" in name or name == "copy" for name in passes):
             raise UnsupportedError("nothing is written")
