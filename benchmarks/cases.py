@@ -194,7 +194,8 @@ def aligned(shape: tuple[int, ...], dtype: Any, offset: int = 0) -> Array:
     """Memory that starts `offset` bytes behind a multiple of ALIGNMENT, written, so that it exists."""
     dtype = np.dtype(dtype)
     nbytes = int(np.prod(shape)) * dtype.itemsize
-    pages = mmap.mmap(-1, nbytes + 2 * ALIGNMENT)  # of its own: what malloc has from before is not placed anew
+    # Of its own, for what malloc has from before is not placed anew; private, for shared memory has no huge pages.
+    pages = mmap.mmap(-1, nbytes + 2 * ALIGNMENT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # as NumPy does
         pages.madvise(mmap.MADV_HUGEPAGE)
     memory = np.frombuffer(pages, np.uint8)
