@@ -75,6 +75,7 @@ cdef struct Job:
     bint next_too     # what the reduce of the next group will read is asked for: it is small, and this processor gains
     # scratch, one allocation
     char *taken  # tasks of each thread's part that have been taken, a line of the cache each
+    char *waiting  # staggered: the group of a thread that has yet to be mapped, or -1, likewise
     double *sums
     double *x_shift
     double *dy_first  # the first g of a channel
@@ -104,10 +105,9 @@ cdef enum:
     # Bytes of rows that are mapped before another thread is awake.
     LEAST_UNIT_BYTES = 32 << 10
     # Units that a thread gets on average, at least where they can be cut so small; and ranges of units, at most: enough
-    # to even out, few enough to cost nothing. A range of staggered groups begins and ends with one step by itself.
+    # to even out, few enough to cost nothing.
     UNITS_PER_THREAD = 4
     TASKS_PER_THREAD = 16
-    STAGGERED_TASKS_PER_THREAD = 4
     # Sums that one thread adds while others would still wake up, and how many of them a channel takes besides.
     SERIAL_SUMS = 3 << 10
     CHANNEL_SUMS = 16
@@ -172,6 +172,8 @@ cdef void perform_part(Job *job, Worker worker, int64_t units, int64_t tasks, in
             task = first + (count - 1 - taken if backwards else taken)
             perform(job, worker, thread, task * units // tasks, (task + 1) * units // tasks)
             taken = fastbn_take_next(job.taken + other * FASTBN_ALIGNMENT)
+    if job.staggered:  # a map still waits
+        perform(job, worker, thread, units, units)
 
 
 cdef void phase(Job *job, Worker worker, int64_t units, int threads, bint backwards) noexcept nogil:
@@ -181,10 +183,11 @@ cdef void phase(Job *job, Worker worker, int64_t units, int threads, bint backwa
     caches, and does not fetch ahead what another one is writing. If there are as many units for each thread, no task
     has units of two parts.
     """
-    cdef int64_t part, most = STAGGERED_TASKS_PER_THREAD if job.staggered else TASKS_PER_THREAD
-    cdef int64_t tasks = min(units, most * threads), parts = min(threads, tasks)
+    cdef int64_t part, tasks = min(units, TASKS_PER_THREAD * threads), parts = min(threads, tasks)
     if parts <= 1:
         perform(job, worker, 0, 0, units)
+        if job.staggered:
+            perform(job, worker, 0, units, units)
         return
     memset(job.taken, 0, parts * FASTBN_ALIGNMENT)
     for part in prange(parts, num_threads=<int>parts, schedule="static", chunksize=1):
@@ -295,18 +298,17 @@ cdef void run_packed(Job *job, fastbn_kernel *kernel, const fastbn_block *stride
     move(job, &job.dresidual, &strided.dresidual, &dense.dresidual, strided, True)
 
 
-cdef fastbn_block planar_block(Job *job, int64_t channel, int64_t channels, int64_t block, bint mapping) noexcept nogil:
+cdef void place_planar(Job *job, fastbn_block *b, int64_t channel, int64_t channels, int64_t block,
+                       bint mapping) noexcept nogil:
     """One block of each of some channels."""
-    cdef fastbn_block b
     cdef int64_t row = block // job.segments * job.rows_per_block
     cdef int64_t inner = block % job.segments * job.segment
     b.rows = min(job.rows_per_block, job.outer - row)
     b.columns = min(job.inner - inner, job.segment) if job.segments > 1 else job.inner
     b.channels = channels
     b.rows_ahead, b.then_row = job.outer - row, -row
-    place(job, &b, row, channel, inner, mapping)
+    place(job, b, row, channel, inner, mapping)
     b.sums = job.sums + block * job.kernels.sums * job.width + channel
-    return b
 
 
 cdef void run_planar(Job *job, fastbn_kernel *kernel, int thread, int64_t channel, int64_t channels, int64_t block,
@@ -315,11 +317,11 @@ cdef void run_planar(Job *job, fastbn_kernel *kernel, int thread, int64_t channe
     cdef fastbn_block b
     cdef int64_t i
     if not job.packed:
-        b = planar_block(job, channel, channels, block, mapping)
+        place_planar(job, &b, channel, channels, block, mapping)
         kernel(&b)
         return
     for i in range(channel, channel + channels):
-        b = planar_block(job, i, 1, block, mapping)
+        place_planar(job, &b, i, 1, block, mapping)
         run_packed(job, kernel, &b, thread)
 
 
@@ -556,32 +558,48 @@ cdef void whole_groups(Job *job, int thread, int64_t first, int64_t last) noexce
             map_group(job, thread, channel, channels)
 
 
+cdef inline int64_t turned(Job *job, int64_t group, int64_t i) noexcept nogil:
+    """The i-th block in a group's reduce: there and back, so that its map, beside the reduce of the next group, begins
+    with what has been read last."""
+    return job.blocks - 1 - i if group % 2 else i
+
+
+cdef void map_waiting(Job *job, int thread, int64_t group) noexcept nogil:
+    """The map of a group by itself."""
+    cdef int64_t channel = first_of(job, group), channels = first_of(job, group + 1) - channel, i
+    for i in range(job.blocks):
+        run_planar(job, job.map, thread, channel, channels, turned(job, group + 1, i), True)
+
+
 cdef void staggered_groups(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
-    """The same, with the map of a group beside the reduce of the next: that is read while this one is written."""
-    cdef int64_t group, channel, channels, previous = 0, block, i
+    """The same, with the map of a group beside the reduce of the next: that is read while this one is written. The map
+    of the last waits for the thread's next groups, which mostly follow. An empty range is for what still waits."""
+    cdef int64_t *waiting = <int64_t *>(job.waiting + thread * FASTBN_ALIGNMENT)
+    cdef int64_t group, channel, channels, before, i, block
     cdef fastbn_block mapped, reduced
+    cdef bint follows = waiting[0] + 1 == first and first % (job.groups // job.shares) != 0  # in the same share
+    if waiting[0] >= 0 and (first == last or not follows):
+        map_waiting(job, thread, waiting[0])
+        waiting[0] = -1
     for group in range(first, last):
         channel = first_of(job, group)
         channels = first_of(job, group + 1) - channel
         shift_channels(job, thread, channel, channel + channels)
         for i in range(job.blocks):
-            # There and back: map begins with what reduce of the same channels has read last.
-            block = job.blocks - 1 - i if (group - first) % 2 else i
-            if group > first:
-                reduced = planar_block(job, channel, channels, block, False)
+            block = turned(job, group, i)
+            if waiting[0] < 0:
+                run_planar(job, job.reduce, thread, channel, channels, block, False)
+            else:
+                place_planar(job, &reduced, channel, channels, block, False)
                 # Between the stores of map, asking for the same rows of the next channels may pay more than for the
                 # next rows.
                 reduced.next_too = job.next_too
                 reduced.rows_ahead, reduced.then_row = reduced.rows, 0
-                mapped = planar_block(job, channel - previous, previous, block, True)
+                before = first_of(job, group - 1)
+                place_planar(job, &mapped, before, channel - before, block, True)
                 job.map_beside_reduce(&mapped, &reduced)
-            else:
-                run_planar(job, job.reduce, thread, channel, channels, block, False)
         finish_group(job, thread, channel, channels)
-        previous = channels
-    for i in range(job.blocks):
-        block = i if (last - 1 - first) % 2 else job.blocks - 1 - i
-        run_planar(job, job.map, thread, channel, channels, block, True)
+        waiting[0] = group
 
 
 cdef bint any_redo(Job *job, int64_t first, int64_t last) noexcept nogil:
@@ -763,6 +781,7 @@ cdef int64_t lay_out(Job *job, char *memory) noexcept nogil:
     """Divide the scratch; returns its size. Called twice: to measure and to place."""
     cdef char *cursor = memory
     job.taken = take(&cursor, job.threads * FASTBN_ALIGNMENT)
+    job.waiting = take(&cursor, job.threads * FASTBN_ALIGNMENT)
     job.x_shift = <double *>take(&cursor, job.width * sizeof(double))
     job.dy_first = <double *>take(&cursor, job.channels * sizeof(double))
     job.coefficients = take(&cursor, FASTBN_PLANES * job.width * job.kernels.coefficient_size)
@@ -840,6 +859,7 @@ cdef bint run(Job *job) noexcept nogil:
     if scratch == NULL:
         return False
     lay_out(job, scratch)
+    memset(job.waiting, 0xff, job.threads * FASTBN_ALIGNMENT)
     if job.by_channel:
         phase(job, staggered_groups if job.staggered else whole_groups, job.groups, job.threads, False)
     else:
