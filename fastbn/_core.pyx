@@ -42,7 +42,7 @@ cdef extern from "fastbn.h" nogil:
         double negative_slope
         int training, stream
         int ask_ahead, next_too
-        int64_t rows_ahead, then_row
+        int64_t rows_ahead, then_row, far, short_row
 
     ctypedef struct fastbn_copy2d:
         int64_t rows, columns
@@ -78,7 +78,7 @@ cdef extern from "fastbn.h" nogil:
 
     int fastbn_isa_count()
     ctypedef struct fastbn_sizes:
-        int64_t stream, stream_by_channel, ask_ahead
+        int64_t stream, stream_by_channel, ask_ahead, far, far_beside, short_row
         int next_too
 
     const fastbn_sizes *fastbn_measured_sizes()

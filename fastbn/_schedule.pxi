@@ -241,6 +241,7 @@ cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t
     b.training = job.training
     b.stream = job.stream
     b.ask_ahead = job.map_asks if mapping else job.reduce_asks
+    b.far, b.short_row = measured.far, measured.short_row
     b.next_too = mapping and job.next_too
     b.plane = job.width
     b.coefficients = job.coefficients + channel * job.kernels.coefficient_size
@@ -591,6 +592,7 @@ cdef void staggered_groups(Job *job, int thread, int64_t first, int64_t last) no
                 run_planar(job, job.reduce, thread, channel, channels, block, False)
             else:
                 place_planar(job, &reduced, channel, channels, block, False)
+                reduced.far = measured.far_beside
                 # Between the stores of map, asking for the same rows of the next channels may pay more than for the
                 # next rows.
                 reduced.next_too = job.next_too

@@ -53,15 +53,34 @@ const fastbn_sizes *fastbn_measured_sizes(void)
     enum { MIB = 1 << 20 };
 #if defined(__x86_64__)
     // Zen 5, and about the same on Zen 3: an L3 cache of 32 MiB for some cores. Asking there costs a fifth of the sums
-    static const fastbn_sizes amd = {22 * MIB, 22 * MIB / 4 * 3, 16 * MIB, .next_too = 1};
+    static const fastbn_sizes amd = {.stream = 22 * MIB,
+                                     .stream_by_channel = 22 * MIB / 4 * 3,
+                                     .ask_ahead = 16 * MIB,
+                                     .far = 8192,
+                                     .far_beside = 8192,
+                                     .short_row = 8192,
+                                     .next_too = 1};
     // Emerald Rapids: hundreds of MiB for many cores, nearly as far away as memory. Asking for the next channels
-    // between stores past the caches costs up to a fifth of backward, a tenth of forward
-    static const fastbn_sizes intel_with_fp16 = {48 * MIB, 48 * MIB, 2 * MIB, .next_too = 0};
+    // between stores past the caches costs up to a fifth of backward, a tenth of forward; and asking further than this
+    // up to a tenth of the sums
+    static const fastbn_sizes intel_with_fp16 = {.stream = 48 * MIB,
+                                                 .stream_by_channel = 48 * MIB,
+                                                 .ask_ahead = 2 * MIB,
+                                                 .far = 4096,
+                                                 .far_beside = 2048,
+                                                 .short_row = 4096,
+                                                 .next_too = 0};
     if (__builtin_cpu_is("amd")) return &amd;
     if (__builtin_cpu_is("intel") && cpu_supports_avx512fp16()) return &intel_with_fp16;
 #endif
     // an older Xeon: y of 32 MiB channel by channel, 42 MiB otherwise; when to ask, and what for, is assumed
-    static const fastbn_sizes others = {84 * MIB, 84 * MIB / 4 * 3, 16 * MIB, .next_too = 1};
+    static const fastbn_sizes others = {.stream = 84 * MIB,
+                                        .stream_by_channel = 84 * MIB / 4 * 3,
+                                        .ask_ahead = 16 * MIB,
+                                        .far = 8192,
+                                        .far_beside = 8192,
+                                        .short_row = 8192,
+                                        .next_too = 1};
     return &others;
 }
 

@@ -72,8 +72,10 @@ typedef struct fastbn_block {
     /* planar: backward_apply, and sums beside an apply, ask for the same rows of as many channels that follow */
     int next_too;
     /* Planar sums ask for what is read next: so many rows from the first of this block on, then those of the next
-     * channels, from then_row on, counted from the same row. */
-    int64_t rows_ahead, then_row;
+     * channels, from then_row on, counted from the same row. In a row, that is what is so `far` further (bytes;
+     * backward has a constant of its own); or where all its channels are no more than short_row, the same place in the
+     * rows that are next. */
+    int64_t rows_ahead, then_row, far, short_row;
 } fastbn_block;
 
 /* A strided copy of a matrix. Strides in bytes. */
@@ -133,6 +135,8 @@ typedef struct fastbn_sizes {
     int64_t stream;            /* stores past the caches, with somebody who reads y next */
     int64_t stream_by_channel; /* the same where channels are taken one after the other, in short pieces of memory */
     int64_t ask_ahead;         /* fastbn_block.ask_ahead of planar sums */
+    int64_t far, far_beside;   /* fastbn_block.far of forward's sums by themselves, and beside a map */
+    int64_t short_row;         /* fastbn_block.short_row */
     int next_too;              /* whether fastbn_block.next_too does, where stores go past the caches */
 } fastbn_sizes;
 const fastbn_sizes *fastbn_measured_sizes(void);
