@@ -99,6 +99,20 @@ def test_benchmarks_one_value_per_channel_is_for_inference_only(suite):
     assert [[case.name for case in group] for group in found] == [["inference/nchw-f32-relu/t2/extremes.one_value"]]
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is mapped")
+def test_benchmarks_arrays_are_private(suite):
+    """Shared memory would have no huge pages, which NumPy's own large arrays have."""
+    import cases
+
+    array = cases.aligned((1 << 20,), np.float32)
+    access = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(address, 16) for address in line.split()[0].split("-"))
+        if first <= array.ctypes.data < last:
+            access.append(line.split()[1])
+    assert access == ["rw-p"]
+
+
 def test_benchmarks_a_wrong_result_is_noticed(suite):
     import cases
 
