@@ -42,7 +42,7 @@ cdef extern from "fastbn.h" nogil:
         double negative_slope
         int training, stream
         int ask_ahead, next_too
-        int64_t rows_ahead, then_row, far, short_row
+        int64_t far, rows_ahead, then_row, short_row
 
     ctypedef struct fastbn_copy2d:
         int64_t rows, columns

@@ -71,11 +71,11 @@ typedef struct fastbn_block {
     int ask_ahead; /* apply, and planar sums but for those beside a map's rows: x (dy) comes from afar, ask ahead */
     /* planar: backward_apply, and sums beside an apply, ask for the same rows of as many channels that follow */
     int next_too;
+    int64_t far; /* bytes that apply and forward's planar sums ask ahead */
     /* Planar sums ask for what is read next: so many rows from the first of this block on, then those of the next
-     * channels, from then_row on, counted from the same row. In a row, that is what is so `far` further (bytes;
-     * backward has a constant of its own); or where all its channels are no more than short_row, the same place in the
-     * rows that are next. */
-    int64_t rows_ahead, then_row, far, short_row;
+     * channels, from then_row on, counted from the same row. If all channels of a row are no more bytes than short_row,
+     * the same place in the rows that are next. */
+    int64_t rows_ahead, then_row, short_row;
 } fastbn_block;
 
 /* A strided copy of a matrix. Strides in bytes. */
@@ -135,7 +135,7 @@ typedef struct fastbn_sizes {
     int64_t stream;            /* stores past the caches, with somebody who reads y next */
     int64_t stream_by_channel; /* the same where channels are taken one after the other, in short pieces of memory */
     int64_t ask_ahead;         /* fastbn_block.ask_ahead of planar sums */
-    int64_t far, far_beside;   /* fastbn_block.far of forward's sums by themselves, and beside a map */
+    int64_t far, far_beside;   /* fastbn_block.far, and that of forward's sums beside a map */
     int64_t short_row;         /* fastbn_block.short_row */
     int next_too;              /* whether fastbn_block.next_too does, where stores go past the caches */
 } fastbn_sizes;
