@@ -20,6 +20,7 @@ SUPPRESSED = "race_top:_omp_fn\n"
 # shape of x, axis of the channels, step along the last axis
 WAYS = {
     "groups of channels": ((8, 64, 14, 14), 1, 1),
+    "staggered groups": ((20, 16, 64, 64), 1, 1),
     "blocks of channels": ((64, 3, 64, 64), 1, 1),
     "rows of all channels": ((64, 56, 56, 24), 3, 1),
     "packed blocks": ((64, 3, 64, 128), 1, 2),
