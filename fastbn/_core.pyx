@@ -78,7 +78,7 @@ cdef extern from "fastbn.h" nogil:
 
     int fastbn_isa_count()
     ctypedef struct fastbn_sizes:
-        int64_t stream, stream_by_channel, ask_ahead, far, far_beside, short_row
+        int64_t stream, stream_by_channel, ask_ahead, far, far_beside
         int next_too
 
     const fastbn_sizes *fastbn_measured_sizes()

@@ -241,7 +241,7 @@ cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t
     b.training = job.training
     b.stream = job.stream
     b.ask_ahead = job.map_asks if mapping else job.reduce_asks
-    b.far, b.short_row = measured.far, measured.short_row
+    b.far = b.short_row = measured.far
     b.next_too = mapping and job.next_too
     b.plane = job.width
     b.coefficients = job.coefficients + channel * job.kernels.coefficient_size
@@ -585,6 +585,7 @@ cdef void staggered_groups(Job *job, int thread, int64_t first, int64_t last) no
     for group in range(first, last):
         channel = first_of(job, group)
         channels = first_of(job, group + 1) - channel
+        before = first_of(job, waiting[0]) if waiting[0] >= 0 else channel
         shift_channels(job, thread, channel, channel + channels)
         for i in range(job.blocks):
             block = turned(job, group, i)
@@ -597,7 +598,6 @@ cdef void staggered_groups(Job *job, int thread, int64_t first, int64_t last) no
                 # next rows.
                 reduced.next_too = job.next_too
                 reduced.rows_ahead, reduced.then_row = reduced.rows, 0
-                before = first_of(job, group - 1)
                 place_planar(job, &mapped, before, channel - before, block, True)
                 job.map_beside_reduce(&mapped, &reduced)
         finish_group(job, thread, channel, channels)
@@ -861,7 +861,8 @@ cdef bint run(Job *job) noexcept nogil:
     if scratch == NULL:
         return False
     lay_out(job, scratch)
-    memset(job.waiting, 0xff, job.threads * FASTBN_ALIGNMENT)
+    if job.staggered:
+        memset(job.waiting, 0xff, job.threads * FASTBN_ALIGNMENT)
     if job.by_channel:
         phase(job, staggered_groups if job.staggered else whole_groups, job.groups, job.threads, False)
     else:

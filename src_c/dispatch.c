@@ -58,7 +58,6 @@ const fastbn_sizes *fastbn_measured_sizes(void)
                                      .ask_ahead = 16 * MIB,
                                      .far = 8192,
                                      .far_beside = 8192,
-                                     .short_row = 8192,
                                      .next_too = 1};
     // Emerald Rapids: hundreds of MiB for many cores, nearly as far away as memory. Asking for the next channels
     // between stores past the caches costs up to a fifth of backward, a tenth of forward; and asking further than this
@@ -68,7 +67,6 @@ const fastbn_sizes *fastbn_measured_sizes(void)
                                                  .ask_ahead = 2 * MIB,
                                                  .far = 4096,
                                                  .far_beside = 2048,
-                                                 .short_row = 4096,
                                                  .next_too = 0};
     if (__builtin_cpu_is("amd")) return &amd;
     if (__builtin_cpu_is("intel") && cpu_supports_avx512fp16()) return &intel_with_fp16;
@@ -79,7 +77,6 @@ const fastbn_sizes *fastbn_measured_sizes(void)
                                         .ask_ahead = 16 * MIB,
                                         .far = 8192,
                                         .far_beside = 8192,
-                                        .short_row = 8192,
                                         .next_too = 1};
     return &others;
 }

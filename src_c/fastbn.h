@@ -135,8 +135,7 @@ typedef struct fastbn_sizes {
     int64_t stream;            /* stores past the caches, with somebody who reads y next */
     int64_t stream_by_channel; /* the same where channels are taken one after the other, in short pieces of memory */
     int64_t ask_ahead;         /* fastbn_block.ask_ahead of planar sums */
-    int64_t far, far_beside;   /* fastbn_block.far, and that of forward's sums beside a map */
-    int64_t short_row;         /* fastbn_block.short_row */
+    int64_t far, far_beside;   /* fastbn_block.far and short_row; far of forward's sums beside a map */
     int next_too;              /* whether fastbn_block.next_too does, where stores go past the caches */
 } fastbn_sizes;
 const fastbn_sizes *fastbn_measured_sizes(void);
