@@ -57,7 +57,7 @@ def stream_bytes() -> int:
 def set_stream_bytes(nbytes: int) -> None:
     """Store results past the caches where the arrays of a call have so many bytes together."""
 
-def mask_nbytes(planar: bool, shape: _Shape) -> int:
+def mask_nbytes(planar: bool, shape: _Shape, itemsize: int) -> int:
     """Bytes of the mask that `forward` fills when an activation follows a residual."""
 
 def statistics(

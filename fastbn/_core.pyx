@@ -34,6 +34,7 @@ cdef extern from "fastbn.h" nogil:
     ctypedef struct fastbn_block:
         int64_t rows, columns, channels
         fastbn_operand x, residual, dy, y, dx, dresidual, mask
+        int mask_bit
         const void *coefficients
         const double *x_shift
         double *sums
@@ -202,10 +203,10 @@ def set_stream_bytes(int64_t nbytes):
     least_streamed = nbytes
 
 
-def mask_nbytes(bint planar, tuple shape):
+def mask_nbytes(bint planar, tuple shape, int64_t itemsize):
     cdef int64_t outer = shape[0], channels = shape[1], inner = shape[2], fold = fold_of(planar, channels)
-    if planar:
-        return outer * channels * fastbn_mask_stride(inner)
+    if planar:  # kernels read four bytes at once
+        return outer * fastbn_mask_stride(channels * mask_plane(outer, inner, itemsize)) + 4
     return ceil_div(outer, fold) * fastbn_mask_stride(fold * channels)
 
 

@@ -213,7 +213,7 @@ def forward(
             _host.update_running(mean, var, statistics, per_channel, momentum, unbiased)
     else:
         if keep_mask:
-            mask = _core.empty((_core.mask_nbytes(planar, shape),), _UINT8)
+            mask = _core.empty((_core.mask_nbytes(planar, shape, x.itemsize),), _UINT8)
         statistics = _core.forward(
             runtime.current_isa(),
             dtype,

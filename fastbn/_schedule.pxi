@@ -118,7 +118,7 @@ cdef enum:
     SPREAD_ROWS = 16
     UNSPREAD_COLUMNS = 8 * FASTBN_LANES
     UNSPREAD_ROWS = 3
-    # Values of a plane whose tail costs less than moving the bits of its mask.
+    # Values of a plane, a whole number of vectors, that is better mapped by itself in the caches if it has a mask.
     MASKED_COLUMNS = 4 * FASTBN_LANES
     # What reduce reads of a group from which on map does not find it in an L2 cache of half a megabyte; and up to which
     # sums beside forward's map may ask a whole group ahead.
@@ -197,6 +197,11 @@ cdef void phase(Job *job, Worker worker, int64_t units, int threads, bint backwa
 # ----------------------------------------------------------------------------------------------------
 # blocks
 
+cdef inline int64_t mask_plane(int64_t outer, int64_t inner, int64_t itemsize) noexcept nogil:
+    """Bits from a plane of the mask to the next: those whose map takes them as one adjoin, others begin with a byte."""
+    return inner if outer >= SPREAD_ROWS and inner * itemsize < LONG_RUN_BYTES else 8 * fastbn_mask_stride(inner)
+
+
 cdef inline fastbn_operand locate(const Array *array, int64_t row, int64_t channel, int64_t inner,
                                   int64_t rows) noexcept nogil:
     """The operand at (row, channel, inner), whose rows are `rows` rows of the array apart."""
@@ -212,7 +217,7 @@ cdef inline fastbn_operand locate(const Array *array, int64_t row, int64_t chann
 
 cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t inner, bint mapping) noexcept nogil:
     """Point the operands of a block at the arrays; its rows, columns and channels are set."""
-    cdef int64_t fold = job.fold, mask_stride
+    cdef int64_t fold = job.fold, bit
     cdef fastbn_operand none
     none.data = NULL
     none.row = none.channel = 0
@@ -226,16 +231,17 @@ cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t
         b.dx = locate(&job.dx, row, channel, inner, fold)
         b.dresidual = locate(&job.dresidual, row, channel, inner, fold)
     b.mask = none
+    b.mask_bit = 0
     if job.mask != NULL:
-        if job.planar:  # a row of the mask for each run
-            mask_stride = fastbn_mask_stride(job.inner)
-            b.mask.data = job.mask + (row * job.channels + channel) * mask_stride + inner // 8
-            b.mask.row = job.channels * mask_stride
-            b.mask.channel = mask_stride
-        else:  # one for each row of `width` columns
-            mask_stride = fastbn_mask_stride(job.width)
-            b.mask.data = job.mask + row // fold * mask_stride + channel // 8
-            b.mask.row = mask_stride
+        if job.planar:
+            b.mask.channel = mask_plane(job.outer, job.inner, job.kernels.itemsize)
+            bit = channel * b.mask.channel + inner
+            b.mask.row = fastbn_mask_stride(job.channels * b.mask.channel)
+            b.mask_bit = bit % 8
+        else:
+            bit = channel
+            b.mask.row = fastbn_mask_stride(job.width)
+        b.mask.data = job.mask + row // fold * b.mask.row + bit // 8
     b.activation = job.activation
     b.negative_slope = job.negative_slope
     b.training = job.training
@@ -652,22 +658,11 @@ cdef bint balanced(int64_t channels, int threads) noexcept nogil:
     return 4 * ceil_div(channels, threads) * threads <= 5 * channels
 
 
-cdef bint moving_bits_pays(Job *job, bint large, int64_t whole) noexcept nogil:
-    """Whether adjoining planes are one row though the bits of a mask, which lie plane by plane, must be moved."""
-    cdef int64_t plane = job.outer * job.inner * job.kernels.itemsize  # of a channel, in all images
-    if job.outer < SPREAD_ROWS:
-        return False
-    if job.dy.data != NULL and 2 * plane > LARGE_UNIT_BYTES:  # backward wants two
-        return False
-    # In the caches it costs more than the tails of longer planes, and from memory too where a group is no whole lines.
-    return job.inner < MASKED_COLUMNS or (large and whole * plane <= LARGE_UNIT_BYTES)
-
-
 cdef void cut(Job *job) noexcept nogil:
     """Fix blocks and units. Nothing that cuts a sum depends on anything but the shape."""
     cdef int64_t rows, values, unit, piece, whole, arrays, all_bytes
     cdef int64_t run = job.inner * job.kernels.itemsize, total = job.outer * job.channels * run, row_bytes, together
-    cdef bint adjoining, large, one_by_one
+    cdef bint adjoining, large, one_by_one, shared_bytes
     cdef const char *written
     cdef double least_large
     job.fold = fold_of(job.planar, job.channels)
@@ -682,8 +677,12 @@ cdef void cut(Job *job) noexcept nogil:
     piece = min(PHASE_UNIT_BYTES, total // (job.threads * UNITS_PER_THREAD))  # without sums to cut
     if job.reduce == NULL and not job.packed:
         job.segment = max(1, piece // job.kernels.itemsize // FASTBN_PLANAR_BLOCK) * FASTBN_PLANAR_BLOCK
+    whole = FASTBN_LANES // gcd(job.inner, FASTBN_LANES)  # so many channels are whole lines of the cache
+    # Planes may have bytes of the mask in common: but not with those of another group.
+    shared_bytes = (job.planar and job.mask != NULL
+                    and mask_plane(job.outer, job.inner, job.kernels.itemsize) % FASTBN_LANES != 0)
     job.by_channel = (job.planar and job.reduce != NULL and not job.finite_first
-                      and balanced(job.channels, job.threads))
+                      and balanced(ceil_div(job.channels, whole) if shared_bytes else job.channels, job.threads))
     arrays = (1 + (job.residual.data != NULL) + (job.dy.data != NULL) + (job.y.data != NULL) + (job.dx.data != NULL)
               + (job.dresidual.data != NULL))
     all_bytes = total * arrays
@@ -692,8 +691,8 @@ cdef void cut(Job *job) noexcept nogil:
     if job.by_channel:
         least_large *= <double>measured.stream_by_channel / measured.stream
     large = all_bytes >= least_large
-    whole = FASTBN_LANES // gcd(job.inner, FASTBN_LANES)  # so many channels are whole lines of the cache
-    if job.mask != NULL and not moving_bits_pays(job, large, whole):
+    if job.mask != NULL and not shared_bytes and (
+            job.outer < SPREAD_ROWS or (not large and job.inner >= MASKED_COLUMNS)):
         adjoining = False
     if job.planar:
         if job.inner > job.segment:
@@ -715,9 +714,9 @@ cdef void cut(Job *job) noexcept nogil:
             job.rows_per_block = min(rows, job.outer)
             job.blocks = ceil_div(job.outer, job.rows_per_block)
             job.group = min(max(1, piece // (job.rows_per_block * run)), job.channels)
-        # Whole lines, or pairs, which sums take in turns.
-        job.grain = min(job.group, whole if adjoining else 2)
-        job.group -= job.group % job.grain
+        # Whole lines (and bytes), or pairs, which sums take in turns.
+        job.grain = whole if shared_bytes else min(job.group, whole if adjoining else 2)
+        job.group = max(job.group - job.group % job.grain, job.grain)
         job.groups = ceil_div(job.channels, job.group)
         job.shares = 1
         if job.by_channel:  # as many for each thread

@@ -58,7 +58,10 @@ typedef struct fastbn_block {
     int64_t rows, columns, channels; /* channels: planar only */
     fastbn_operand x, residual, dy;  /* read; residual in backward: if v is asked for and has one */
     fastbn_operand y, dx, dresidual; /* written */
-    fastbn_operand mask;             /* a bit a value, set where the activation is open; fastbn_mask_stride(columns) */
+    /* A bit a value, set where the activation is open, in rows of fastbn_mask_stride bytes. Of channels, which are so
+     * many bits apart, not bytes, the first begins with some bit of the first byte; an interleaved row with bit 0. */
+    fastbn_operand mask;
+    int mask_bit;
     /* One value for each channel (planar) or column (interleaved); all planes are `plane` elements apart. */
     const void *coefficients; /* FASTBN_PLANES planes */
     const double *x_shift;    /* subtracted before summing */
@@ -150,7 +153,7 @@ int fastbn_activation_of_v(int index); /* whether its gradient is a function of 
 enum { FASTBN_FORMULAS = 4 };
 const char *fastbn_activation_formula(int index, int formula);
 
-/* Bytes of a row of the mask: whole groups of 16 columns, so that no two groups share a byte. */
+/* Bytes of a row of the mask: whole groups of 16 bits. */
 static inline int64_t fastbn_mask_stride(int64_t columns)
 {
     return (columns + FASTBN_LANES - 1) / FASTBN_LANES * (FASTBN_LANES / 8);

@@ -111,7 +111,8 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
 {
     const format wide = format_of("f64"), arithmetic = format_of(k->coefficient_size == 8 ? "f64" : "f32");
     const int64_t per_channel = planar ? channels : width, count = (int64_t)rows * width * (planar ? channels : 1);
-    const int64_t mask_bytes = fastbn_mask_stride(width), masks = count / width * mask_bytes;
+    // bits of planes adjoin
+    const int64_t mask_bytes = fastbn_mask_stride((int64_t)width * (planar ? channels : 1)), masks = rows * mask_bytes;
     const int masked = with_residual && !fastbn_activation_of_v(activation);
     uint64_t seed = 1 + width;
     fastbn_block b = {.rows = rows, .columns = width, .channels = channels};
@@ -152,7 +153,7 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
 
     if (with_residual) b.residual = operand(residual, &b, planar, b.x.channel);
     b.y = operand(y, &b, planar, b.x.channel);
-    if (masked) b.mask = operand(mask, &b, planar, mask_bytes);
+    if (masked) b.mask = (fastbn_operand){mask, mask_bytes, width};
     memset(mask, 0, masks);
     k->apply[planar](&b);
     h[APPLY] = hash(h[APPLY], y, count, f);

@@ -20,6 +20,7 @@ SUPPRESSED = "race_top:_omp_fn\n"
 # shape of x, axis of the channels, step along the last axis
 WAYS = {
     "groups of channels": ((8, 64, 14, 14), 1, 1),
+    "bytes of several planes": ((16, 64, 7, 7), 1, 1),
     "staggered groups": ((20, 16, 64, 64), 1, 1),
     "blocks of channels": ((64, 3, 64, 64), 1, 1),
     "rows of all channels": ((64, 56, 56, 24), 3, 1),
@@ -30,7 +31,7 @@ import sys, numpy, fastbn
 shape, axis, step = map(eval, sys.argv[1:])
 x = numpy.random.default_rng(0).standard_normal(shape, "f4")[..., ::step]
 for _ in range(3):
-    y, cache = fastbn.batchnorm_forward(x, axis=axis, activation="relu", num_threads=4)
+    y, cache = fastbn.batchnorm_forward(x, axis=axis, residual=x, activation="relu", num_threads=4)
     fastbn.batchnorm_backward(y, cache, num_threads=4)
 """
 
