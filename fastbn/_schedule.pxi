@@ -658,6 +658,18 @@ cdef bint balanced(int64_t channels, int threads) noexcept nogil:
     return 4 * ceil_div(channels, threads) * threads <= 5 * channels
 
 
+cdef bint spreading_pays(Job *job, bint large, bint shared_bytes) noexcept nogil:
+    """Whether map takes planes that adjoin as one row: from memory, for the sake of whole lines of the cache; in the
+    caches, those for which spreading coefficients was measured to cost less than their tails."""
+    if job.mask != NULL and not shared_bytes:
+        return job.outer >= SPREAD_ROWS and (large or job.inner < MASKED_COLUMNS)
+    if large or shared_bytes or job.inner < UNSPREAD_COLUMNS:
+        return True
+    if job.dy.data == NULL:
+        return job.reduce != NULL
+    return job.reduce == NULL or job.inner % FASTBN_LANES != 0
+
+
 cdef void cut(Job *job) noexcept nogil:
     """Fix blocks and units. Nothing that cuts a sum depends on anything but the shape."""
     cdef int64_t rows, values, unit, piece, whole, arrays, all_bytes
@@ -691,9 +703,7 @@ cdef void cut(Job *job) noexcept nogil:
     if job.by_channel:
         least_large *= <double>measured.stream_by_channel / measured.stream
     large = all_bytes >= least_large
-    if job.mask != NULL and not shared_bytes and (
-            job.outer < SPREAD_ROWS or (not large and job.inner >= MASKED_COLUMNS)):
-        adjoining = False
+    adjoining = adjoining and spreading_pays(job, large, shared_bytes)
     if job.planar:
         if job.inner > job.segment:
             job.segments = ceil_div(job.inner, job.segment)
@@ -728,7 +738,7 @@ cdef void cut(Job *job) noexcept nogil:
         job.blocks = ceil_div(rows, FASTBN_INTERLEAVED_BLOCK) + (rows * job.fold < job.outer)
         job.group = GROUP_COLUMNS if job.fold == 1 else job.width
         while (job.fold == 1 and job.group > LEAST_COLUMNS
-               and job.blocks * ceil_div(job.width, job.group) < 2 * job.threads * UNITS_PER_THREAD):
+               and job.blocks * ceil_div(job.width, job.group) < job.threads * UNITS_PER_THREAD):
             job.group //= 2
         job.groups = ceil_div(job.width, job.group)
     job.units = job.map_units = job.groups * job.blocks
@@ -739,10 +749,6 @@ cdef void cut(Job *job) noexcept nogil:
         if unit > job.threads:  # as many for each thread
             job.map_rows = ceil_div(rows, ceil_div(unit, job.threads) * job.threads)
         job.map_units = ceil_div(rows, job.map_rows) + (rows * job.fold < job.outer)
-    # In the caches, six coefficients are not worth spreading for planes of some whole vectors.
-    if (job.dy.data != NULL and job.reduce != NULL and not large and job.inner >= UNSPREAD_COLUMNS
-            and job.inner % FASTBN_LANES == 0):
-        adjoining = False
     if adjoining:
         job.map, job.map_beside_reduce = job.map_adjoining, job.map_adjoining_beside_reduce
     one_by_one = job.by_channel and job.map != NULL and not job.packed
