@@ -58,8 +58,9 @@ typedef struct fastbn_block {
     int64_t rows, columns, channels; /* channels: planar only */
     fastbn_operand x, residual, dy;  /* read; residual in backward: if v is asked for and has one */
     fastbn_operand y, dx, dresidual; /* written */
-    /* A bit a value, set where the activation is open, in rows of fastbn_mask_stride bytes. Of channels, which are so
-     * many bits apart, not bytes, the first begins with some bit of the first byte; an interleaved row with bit 0. */
+    /* A bit a value, set where the activation is open. A row begins with some bit of its first byte, an interleaved one
+     * with bit 0. Planar channels are so many bits apart, not bytes; if that is no multiple of 16, planes may have
+     * bytes in common, of which each keeps the others' bits. */
     fastbn_operand mask;
     int mask_bit;
     /* One value for each channel (planar) or column (interleaved); all planes are `plane` elements apart. */
