@@ -198,7 +198,7 @@ cdef void phase(Job *job, Worker worker, int64_t units, int threads, bint backwa
 # blocks
 
 cdef inline int64_t mask_plane(int64_t outer, int64_t inner, int64_t itemsize) noexcept nogil:
-    """Bits from a plane of the mask to the next: those whose map takes them as one adjoin, others begin with a byte."""
+    """Bits from a plane of the mask to the next: those that a map may take as one adjoin, others begin with a group."""
     return inner if outer >= SPREAD_ROWS and inner * itemsize < LONG_RUN_BYTES else 8 * fastbn_mask_stride(inner)
 
 
