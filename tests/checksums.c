@@ -153,7 +153,7 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
 
     if (with_residual) b.residual = operand(residual, &b, planar, b.x.channel);
     b.y = operand(y, &b, planar, b.x.channel);
-    if (masked) b.mask = (fastbn_operand){mask, mask_bytes, width};
+    if (masked) b.mask = (fastbn_operand){mask, mask_bytes, planar ? width : 0};
     memset(mask, 0, masks);
     k->apply[planar](&b);
     h[APPLY] = hash(h[APPLY], y, count, f);

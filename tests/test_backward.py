@@ -99,7 +99,7 @@ def test_gradients_of_every_tail(isa, dtype, order, with_residual, shape):
 @each_order
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("rows", [15, 16, 19])
-@pytest.mark.parametrize("plane", [2, 15, 16, 33, 49, 98])
+@pytest.mark.parametrize("plane", [2, 5, 15, 16, 17, 31, 33, 49, 98])
 def test_gradient_of_the_residual_is_dy_where_the_activation_is_open(isa, dtype, order, large, rows, plane):
     """Bit for bit: also where short planes are mapped as one row, in parts that end anywhere in a plane, and have bytes
     of the mask in common, of which threads write; and where only the mask has its planes side by side."""
