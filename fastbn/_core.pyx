@@ -38,7 +38,7 @@ cdef extern from "fastbn.h" nogil:
         const void *coefficients
         const double *x_shift
         double *sums
-        int64_t plane
+        int64_t plane, coefficient_plane
         int activation
         double negative_slope
         int training, stream

@@ -154,10 +154,11 @@ cdef inline Pair sum_of(Job *job, int64_t channel, int plane) noexcept nogil:
 
 cdef inline void write_coefficients(Job *job, int64_t channel, const fastbn_coefficients *exact,
                                     bint backward) noexcept nogil:
-    cdef int64_t k
-    for k in range(job.fold):
-        job.kernels.round_coefficients(
-            exact, backward, job.coefficients + (channel + k * job.channels) * job.kernels.coefficient_size, job.width)
+    cdef int64_t column = channel
+    while column < job.map_width + job.lead:
+        job.kernels.round_coefficients(exact, backward, job.coefficients + column * job.kernels.coefficient_size,
+                                       job.coefficient_plane)
+        column += job.channels
 
 
 cdef inline Pair statistic(Job *job, int64_t channel, int high, int low) noexcept nogil:

@@ -59,7 +59,10 @@ cdef struct Job:
     int64_t segment   # planar: values of a run in a block, at most
     int64_t segments  # blocks of a run, where it is longer
     int64_t fold      # interleaved: rows taken as one, to fill whole vectors; channel c is columns c + k channels
-    int64_t width     # sums, coefficients and shifts: fold * channels
+    int64_t width     # sums and shifts: fold * channels
+    int64_t map_fold, map_width  # the same of map, whose rows may be longer: whole lines of the cache
+    int64_t lead      # columns before the first of these lines, if map's rows begin there: coefficients go on so far
+    int64_t coefficient_plane  # from a plane of coefficients to the next
     int64_t group     # columns (interleaved) or channels (planar) of a group, at most
     int64_t groups
     int64_t grain     # planar: groups begin at multiples of so many channels
@@ -96,6 +99,8 @@ cdef enum:
     # as many as are whole lines of the cache.
     GROUP_COLUMNS = 1024
     LEAST_COLUMNS = 128
+    # Columns of a map's row that consists of several rows of the array, at most.
+    MAP_COLUMNS = 8 << 10
     # Bytes of x in a unit of planar channels, and of an interleaved map. All three steps: with y (or dy and dx) it fits
     # an L2 cache of a megabyte; from memory a little less pays. One step: long pieces of memory, enough units for all
     # threads.
@@ -217,7 +222,7 @@ cdef inline fastbn_operand locate(const Array *array, int64_t row, int64_t chann
 
 cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t inner, bint mapping) noexcept nogil:
     """Point the operands of a block at the arrays; its rows, columns and channels are set."""
-    cdef int64_t fold = job.fold, bit
+    cdef int64_t fold = job.map_fold if mapping else job.fold, bit
     cdef fastbn_operand none
     none.data = NULL
     none.row = none.channel = 0
@@ -250,6 +255,7 @@ cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t
     b.far = b.short_row = measured.far
     b.next_too = mapping and job.next_too
     b.plane = job.width
+    b.coefficient_plane = job.coefficient_plane
     b.coefficients = job.coefficients + channel * job.kernels.coefficient_size
     b.x_shift = job.x_shift + channel
 
@@ -337,14 +343,14 @@ cdef void run_interleaved(Job *job, fastbn_kernel *kernel, int thread, int64_t b
     """A kernel over some columns of the rows row .. last-1 of a block. What is left of the rows of the array after the
     last whole `fold` of them is a shorter row of its own."""
     cdef fastbn_block b
-    cdef int64_t step
-    if row == job.outer // job.fold:
-        columns = (job.outer - row * job.fold) * job.channels
+    cdef int64_t step, fold = job.map_fold if mapping else job.fold
+    if row == job.outer // fold:
+        columns = (job.outer - row * fold) * job.channels
     b.columns = columns
     step = max(1, PACKED_VALUES // columns) if job.packed else last - row
     while row < last:
         b.rows = min(step, last - row)
-        place(job, &b, row * job.fold, column, 0, mapping)
+        place(job, &b, row * fold, column, 0, mapping)
         b.sums = job.sums + block * job.kernels.sums * job.width + column
         if job.packed:
             run_packed(job, kernel, &b, thread)
@@ -472,11 +478,23 @@ cdef void reduce_units(Job *job, int thread, int64_t first, int64_t last) noexce
                                 channel, end - channel, False)
 
 
+cdef void map_by_lines(Job *job, int thread, int64_t row, int64_t last) noexcept nogil:
+    """Rows that begin with a line of the cache and end in the next row of the array, whose first columns lie before the
+    line: but for those of the first row, and the end of the last."""
+    cdef int64_t rows = job.outer // job.map_fold, whole = min(last, rows - 1)
+    if row == 0:
+        run_interleaved(job, job.map, thread, 0, 0, 1, 0, job.lead, True)
+    if row < whole:
+        run_interleaved(job, job.map, thread, 0, row, whole, job.lead, job.map_width, True)
+    if last == rows:
+        run_interleaved(job, job.map, thread, 0, rows - 1, rows, job.lead, job.map_width - job.lead, True)
+
+
 cdef void map_units(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
     """From the last unit to the first: what reduce has read last is still in the cache. A unit is one block of one
     group (planar), or some rows, whole ones unless they are packed."""
-    cdef int64_t unit, group, channel, end, row, column, rows = job.outer // job.fold
-    cdef int64_t columns = job.group if job.packed else job.width
+    cdef int64_t unit, group, channel, end, row, column, rows = job.outer // job.map_fold
+    cdef int64_t columns = job.group if job.packed else job.map_width
     for unit in range(last - 1, first - 1, -1):
         if job.planar:
             group = planar_group(job, unit)
@@ -486,11 +504,13 @@ cdef void map_units(Job *job, int thread, int64_t first, int64_t last) noexcept 
             row = unit * job.map_rows
             if row >= rows:
                 run_interleaved(job, job.map, thread, 0, rows, rows + 1, 0, 0, True)
+            elif job.lead > 0:
+                map_by_lines(job, thread, row, min(row + job.map_rows, rows))
             else:
                 column = 0
-                while column < job.width:
+                while column < job.map_width:
                     run_interleaved(job, job.map, thread, 0, row, min(row + job.map_rows, rows), column,
-                                    min(columns, job.width - column), True)
+                                    min(columns, job.map_width - column), True)
                     column += columns
 
 
@@ -631,21 +651,49 @@ cdef bint is_strided(Job *job, const Array *array) noexcept nogil:
     return array.channel != size or (job.fold > 1 and job.outer > 1 and array.outer != job.channels * size)
 
 
+cdef int64_t gcd(int64_t a, int64_t b) noexcept nogil:
+    while b:
+        a, b = b, a % b
+    return a
+
+
+cdef inline int64_t aligned(int64_t size) noexcept nogil:
+    return ceil_div(size, FASTBN_ALIGNMENT) * FASTBN_ALIGNMENT
+
+
+cdef inline bint is_aligned(int64_t address) noexcept nogil:
+    return address % FASTBN_ALIGNMENT == 0
+
+
 cdef bint has_whole_lines(Job *job, const Array *array) noexcept nogil:
     """Whether interleaved rows begin and end with a line of the cache."""
-    return array.data == NULL or ((<int64_t>array.data | job.fold * array.outer | job.width * job.kernels.itemsize)
-                                  & (FASTBN_ALIGNMENT - 1)) == 0
+    return array.data == NULL or is_aligned(<int64_t>array.data | job.fold * array.outer
+                                            | job.width * job.kernels.itemsize)
+
+
+cdef inline bint has_no_gaps(Job *job, const Array *array) noexcept nogil:
+    """Whether interleaved rows adjoin."""
+    return array.data == NULL or array.outer == job.channels * job.kernels.itemsize
+
+
+cdef bint align_rows(Job *job, const char *written) noexcept nogil:
+    """Let all rows of an interleaved map be whole lines of the cache in what it writes: if those of the array are not,
+    but adjoin, longer ones that begin where a line does. False if it cannot be; a mask has no address for them."""
+    cdef int64_t row = job.width * job.kernels.itemsize, rows = FASTBN_ALIGNMENT // gcd(row, FASTBN_ALIGNMENT)
+    if (job.mask == NULL and not job.packed and rows * job.fold <= job.outer
+            and (rows == 1 or (row < LONG_RUN_BYTES and rows * job.width <= MAP_COLUMNS))
+            and (job.dresidual.data == NULL or is_aligned(job.dresidual.data - written))
+            and has_no_gaps(job, &job.x) and has_no_gaps(job, &job.residual) and has_no_gaps(job, &job.dy)
+            and has_no_gaps(job, &job.y) and has_no_gaps(job, &job.dx) and has_no_gaps(job, &job.dresidual)):
+        job.map_fold, job.map_width = rows * job.fold, rows * job.width
+        job.lead = (aligned(<int64_t>written) - <int64_t>written) // job.kernels.itemsize
+        return True
+    return has_whole_lines(job, &job.y) and has_whole_lines(job, &job.dx) and has_whole_lines(job, &job.dresidual)
 
 
 cdef bint is_dense(Job *job, const Array *array) noexcept nogil:
     """Whether the planes of neighbouring channels adjoin."""
     return array.data == NULL or (array.inner == job.kernels.itemsize and array.channel == job.inner * array.inner)
-
-
-cdef int64_t gcd(int64_t a, int64_t b) noexcept nogil:
-    while b:
-        a, b = b, a % b
-    return a
 
 
 cdef int64_t fold_of(bint planar, int64_t channels) noexcept nogil:
@@ -673,7 +721,7 @@ cdef bint spreading_pays(Job *job, bint large, bint shared_bytes) noexcept nogil
 cdef void cut(Job *job) noexcept nogil:
     """Fix blocks and units. Nothing that cuts a sum depends on anything but the shape."""
     cdef int64_t rows, values, unit, piece, whole, arrays, all_bytes
-    cdef int64_t run = job.inner * job.kernels.itemsize, total = job.outer * job.channels * run, row_bytes, together
+    cdef int64_t run = job.inner * job.kernels.itemsize, total = job.outer * job.channels * run, together
     cdef bint adjoining, large, one_by_one, shared_bytes
     cdef const char *written
     cdef double least_large
@@ -742,13 +790,27 @@ cdef void cut(Job *job) noexcept nogil:
             job.group //= 2
         job.groups = ceil_div(job.width, job.group)
     job.units = job.map_units = job.groups * job.blocks
-    if not job.planar:
+    # Streaming pays where the arrays are large; and where rows consist of whole lines of the cache, or are so long that
+    # the lines at their ends do not matter.
+    written = job.y.data if job.dy.data == NULL else job.dx.data
+    job.stream = (large and written != NULL and written != job.x.data and written != job.residual.data
+                  and written != job.dy.data)
+    job.map_fold, job.map_width, job.lead = job.fold, job.width, 0
+    if job.planar:
+        job.stream = job.stream and (adjoining or run >= LONG_RUN_BYTES)
+    else:
+        job.stream = job.stream and (align_rows(job, written)
+                                     or job.width * job.kernels.itemsize >= LONG_RUN_BYTES)
+        rows = job.outer // job.map_fold
         piece = max(LEAST_UNIT_BYTES, min(UNIT_BYTES, total // job.threads))
-        job.map_rows = max(1, piece // (job.width * job.kernels.itemsize))
+        job.map_rows = max(1, piece // (job.map_width * job.kernels.itemsize))
         unit = ceil_div(rows, job.map_rows)
         if unit > job.threads:  # as many for each thread
             job.map_rows = ceil_div(rows, ceil_div(unit, job.threads) * job.threads)
-        job.map_units = ceil_div(rows, job.map_rows) + (rows * job.fold < job.outer)
+        job.map_units = ceil_div(rows, job.map_rows) + (rows * job.map_fold < job.outer)
+    job.coefficient_plane = job.map_width
+    if job.lead > 0:  # by a whole line, as all planes begin with one
+        job.coefficient_plane += FASTBN_ALIGNMENT // job.kernels.itemsize
     if adjoining:
         job.map, job.map_beside_reduce = job.map_adjoining, job.map_adjoining_beside_reduce
     one_by_one = job.by_channel and job.map != NULL and not job.packed
@@ -761,21 +823,8 @@ cdef void cut(Job *job) noexcept nogil:
         job.next_too = measured.next_too and one_by_one and large and 2 * together < NEXT_BYTES
         job.staggered = (one_by_one and run >= LONG_RUN_BYTES and not job.next_too
                          and (large or 2 * together >= NEXT_BYTES))
-    # Streaming pays where the arrays are large; and where rows consist of whole lines of the cache, or are so long that
-    # the lines at their ends do not matter.
-    written = job.y.data if job.dy.data == NULL else job.dx.data
-    row_bytes = run if job.planar else job.width * job.kernels.itemsize
-    job.stream = (written != NULL and written != job.x.data and written != job.residual.data and written != job.dy.data
-                  and large
-                  and (adjoining or row_bytes >= LONG_RUN_BYTES
-                       or (not job.planar and has_whole_lines(job, &job.y) and has_whole_lines(job, &job.dx)
-                           and has_whole_lines(job, &job.dresidual))))
     job.map_asks = large and job.reduce == NULL and job.dy.data == NULL
     job.reduce_asks = all_bytes >= measured.ask_ahead
-
-
-cdef inline int64_t aligned(int64_t size) noexcept nogil:
-    return ceil_div(size, FASTBN_ALIGNMENT) * FASTBN_ALIGNMENT
 
 
 cdef char *take(char **cursor, int64_t size) noexcept nogil:
@@ -791,7 +840,7 @@ cdef int64_t lay_out(Job *job, char *memory) noexcept nogil:
     job.waiting = take(&cursor, job.threads * FASTBN_ALIGNMENT)
     job.x_shift = <double *>take(&cursor, job.width * sizeof(double))
     job.dy_first = <double *>take(&cursor, job.channels * sizeof(double))
-    job.coefficients = take(&cursor, FASTBN_PLANES * job.width * job.kernels.coefficient_size)
+    job.coefficients = take(&cursor, FASTBN_PLANES * job.coefficient_plane * job.kernels.coefficient_size)
     job.redo = take(&cursor, job.channels)
     job.sums = <double *>take(&cursor, sums_size(job) if job.reduce != NULL else 0)
     job.packing = cursor

@@ -63,11 +63,11 @@ typedef struct fastbn_block {
      * bytes in common, of which each keeps the others' bits. */
     fastbn_operand mask;
     int mask_bit;
-    /* One value for each channel (planar) or column (interleaved); all planes are `plane` elements apart. */
-    const void *coefficients; /* FASTBN_PLANES planes */
+    /* One value for each channel (planar) or column (interleaved); planes of sums are `plane` elements apart. */
+    const void *coefficients; /* FASTBN_PLANES planes, coefficient_plane elements apart */
     const double *x_shift;    /* subtracted before summing */
     double *sums;             /* planes of sums: written (planar) or added to (interleaved) */
-    int64_t plane;
+    int64_t plane, coefficient_plane;
     int activation; /* row of activations.def */
     double negative_slope;
     int training;  /* backward_apply: whether mean and variance depend on x */

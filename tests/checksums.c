@@ -141,7 +141,7 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
     b.coefficients = coefficients;
     b.x_shift = x_shift;
     b.sums = sums;
-    b.plane = per_channel;
+    b.plane = b.coefficient_plane = per_channel;
     b.activation = activation;
     b.negative_slope = 0.2;
     b.training = 1;

@@ -163,11 +163,11 @@ def test_bits_in_place_and_repeated(dtype, order):
 @pytest.mark.parametrize(
     ("axis", "shape"),  # planes that adjoin, whose lines differ, with a last block shorter than a line; rows likewise
     [(1, (50, 7, 7)), (1, (8, 33, 35)), (1, (4, 42, 98))]
-    + [(-1, (50, 7, 7)), (-1, (9, 25, 64)), (-1, (9, 20, 72)), (-1, (3, 5, 1030))],
+    + [(-1, (50, 7, 7)), (-1, (9, 25, 64)), (-1, (9, 20, 72)), (-1, (7, 11, 101)), (-1, (3, 5, 1030))],
 )
 def test_bits_of_streamed_output(isa, dtype, threads, axis, shape):
     """Outputs that go past the caches; those in place do not: the same values, also where rows start off a line. Of
-    interleaved rows, those of whole lines and long ones are streamed."""
+    interleaved rows, those that adjoin are taken as whole lines, unless there is a mask."""
     problem = make_problem((1, *shape), dtype)
     copies = 1 + (256 << 10) // problem.x.nbytes
     x, dy = (np.concatenate([array] * copies) for array in (problem.x, problem.dy))
