@@ -44,8 +44,12 @@ static fastbn_operand operand(shape s, int random)
 static fastbn_block block(shape s, int activation)
 {
     const int64_t plane = s.planar ? s.channels : s.columns;
-    fastbn_block b = {.rows = s.rows, .columns = s.columns, .channels = s.channels, .plane = plane,
-                      .coefficient_plane = plane, .training = 1};
+    fastbn_block b = {.rows = s.rows,
+                      .columns = s.columns,
+                      .channels = s.channels,
+                      .plane = plane,
+                      .coefficient_plane = plane,
+                      .training = 1};
     b.rows_ahead = s.rows;
     b.far = b.short_row = fastbn_measured_sizes()->far;
     b.activation = activation;
