@@ -204,10 +204,12 @@ def set_stream_bytes(int64_t nbytes):
 
 
 def mask_nbytes(bint planar, tuple shape, int64_t itemsize):
-    cdef int64_t outer = shape[0], channels = shape[1], inner = shape[2], fold = fold_of(planar, channels)
-    if planar:  # kernels read four bytes at once
+    cdef int64_t outer = shape[0], channels = shape[1], inner = shape[2], positions = positions_of(planar, outer, inner)
+    cdef int64_t across = channels * positions, fold
+    if planar and positions == 1:  # kernels read four bytes at once
         return outer * fastbn_mask_stride(channels * mask_plane(outer, inner, itemsize)) + 4
-    return ceil_div(outer, fold) * fastbn_mask_stride(fold * channels)
+    fold = fold_of(False, across)
+    return ceil_div(outer, fold) * fastbn_mask_stride(fold * across)
 
 
 cdef Array operand(tuple pair):
@@ -227,8 +229,9 @@ cdef Job new_job(int isa, int dtype, int threads, bint planar, tuple shape, tupl
     memset(&job, 0, sizeof(job))
     job.kernels = fastbn_get_isa(isa).kernels[dtype]
     job.threads = threads
-    job.planar = planar
     job.outer, job.channels, job.inner = shape[0], shape[1], shape[2]
+    job.positions = positions_of(planar, job.outer, job.inner)
+    job.planar = planar and job.positions == 1
     job.x = operand(x)
     job.stream_bytes = least_streamed
     return job
@@ -328,7 +331,7 @@ def statistics(int isa, int dtype, int threads, bint planar, tuple shape, tuple 
     job.statistics = <double *>cnp.PyArray_DATA(statistics)
     job.statistics_only = True
     job.finish = finish_forward
-    job.reduce = job.kernels.stats[planar]
+    job.reduce = job.kernels.stats[job.planar]
     carry_out(&job)
 
 
@@ -353,12 +356,12 @@ def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, 
         job.training = training
         job.finite_first = finite_first
         job.finish = finish_forward
-        job.map = job.kernels.apply[planar]
+        job.map = job.kernels.apply[job.planar]
         job.map_beside_reduce = job.kernels.apply_beside_stats
         job.map_adjoining = job.kernels.apply_adjoining
         job.map_adjoining_beside_reduce = job.kernels.apply_adjoining_beside_stats
         if training:
-            job.reduce = job.kernels.stats[planar]
+            job.reduce = job.kernels.stats[job.planar]
         else:
             load(rows + STATISTICS_MEAN * job.channels, running_mean)
             load(rows + STATISTICS_VAR * job.channels, running_var)
@@ -402,8 +405,8 @@ def backward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x,
         job.dbeta = <double *>cnp.PyArray_DATA(dbeta)
         job.finish = finish_backward
         if training or job.gamma != NULL or job.beta != NULL:
-            job.reduce = job.kernels.backward_stats[planar]
-        job.map = job.kernels.backward_apply[planar]
+            job.reduce = job.kernels.backward_stats[job.planar]
+        job.map = job.kernels.backward_apply[job.planar]
         job.map_beside_reduce = job.kernels.backward_apply_beside_stats
         job.map_adjoining = job.kernels.backward_apply_adjoining
         carry_out(&job)

@@ -97,52 +97,61 @@ cdef enum:
     SIDE_BY_SIDE = 64
 
 
-cdef inline void add_some(Job *job, double *sums, int channels) noexcept nogil:
-    """Neighbouring channels, one plane: block by block, in the order of memory."""
+cdef inline void add_some(Job *job, double *sums, int channels, int64_t positions) noexcept nogil:
+    """Neighbouring channels, one plane: block by block, in the order of memory but for the positions of a channel."""
     cdef bint exact = is_exact(job)
     cdef double total[SIDE_BY_SIDE]
     cdef double lost[SIDE_BY_SIDE]
-    cdef double added, second
+    cdef double added, second, value
     cdef const double *values = sums
-    cdef int64_t block, k
+    cdef int64_t block, k, position
     cdef int i
     cdef Pair sum
     for i in range(channels):
         total[i] = lost[i] = 0
     for block in range(job.blocks):
         for k in range(job.fold):
-            for i in range(channels):  # `two_sum`, so that compilers take several at once
-                added = total[i] + values[i]
-                second = added - total[i]
-                lost[i] += (total[i] - (added - second)) + (values[i] - second)
-                total[i] = added
-            if exact:
-                for i in range(channels):
-                    lost[i] += values[2 * job.width + i]
-            values += job.channels
-        values += job.kernels.sums * job.width - job.fold * job.channels
+            for position in range(positions):
+                for i in range(channels):  # `two_sum`, so that compilers take several at once
+                    value = values[i * positions + position]
+                    added = total[i] + value
+                    second = added - total[i]
+                    lost[i] += (total[i] - (added - second)) + (value - second)
+                    total[i] = added
+                if exact:
+                    for i in range(channels):
+                        lost[i] += values[2 * job.width + i * positions + position]
+            values += job.across
+        values += job.kernels.sums * job.width - job.fold * job.across
     for i in range(channels):
         # an infinite total has lost NaN
         sum = two_sum(total[i], finite(lost[i])) if exact else single(total[i] + finite(lost[i]))
-        sums[i] = sum.hi
+        sums[i * positions] = sum.hi
         if exact:
-            sums[2 * job.width + i] = sum.lo
+            sums[2 * job.width + i * positions] = sum.lo
 
 
 cdef void add_blocks(Job *job, int64_t first, int64_t last) noexcept nogil:
     """The sums of some channels over their blocks, in block order, in place of those of the first block. They are
     compensated (Neumaier 1974): the error does not grow with the number of blocks."""
     cdef int64_t plane, channel
+    cdef int channels
+    cdef double *sums
     for plane in range(2):
         channel = first
         while channel < last:
-            add_some(job, job.sums + plane * job.width + channel, <int>min(SIDE_BY_SIDE, last - channel))
+            sums = job.sums + plane * job.width + channel * job.positions
+            channels = <int>min(SIDE_BY_SIDE, last - channel)
+            if job.positions == 1:  # known to the compiler
+                add_some(job, sums, channels, 1)
+            else:
+                add_some(job, sums, channels, job.positions)
             channel += SIDE_BY_SIDE
 
 
 cdef inline Pair sum_of(Job *job, int64_t channel, int plane) noexcept nogil:
     """What `add_blocks` has found."""
-    cdef const double *sum = job.sums + plane * job.width + channel
+    cdef const double *sum = job.sums + plane * job.width + channel * job.positions
     cdef Pair pair = single(sum[0])
     if is_exact(job):
         pair.lo = sum[2 * job.width]
@@ -152,13 +161,22 @@ cdef inline Pair sum_of(Job *job, int64_t channel, int plane) noexcept nogil:
 # ----------------------------------------------------------------------------------------------------
 # channels
 
+cdef inline void write_shift(Job *job, int64_t channel, double shift) noexcept nogil:
+    cdef int64_t k, i
+    for k in range(job.fold):
+        for i in range(job.positions):
+            job.x_shift[k * job.across + channel * job.positions + i] = shift
+
+
 cdef inline void write_coefficients(Job *job, int64_t channel, const fastbn_coefficients *exact,
                                     bint backward) noexcept nogil:
-    cdef int64_t column = channel
-    while column < job.map_width + job.lead:
-        job.kernels.round_coefficients(exact, backward, job.coefficients + column * job.kernels.coefficient_size,
-                                       job.coefficient_plane)
-        column += job.channels
+    cdef int64_t row = 0, first, column
+    while row < job.map_width + job.lead:  # a row of the array after the other
+        first = row + channel * job.positions
+        for column in range(first, min(first + job.positions, job.map_width + job.lead)):
+            job.kernels.round_coefficients(exact, backward, job.coefficients + column * job.kernels.coefficient_size,
+                                           job.coefficient_plane)
+        row += job.across
 
 
 cdef inline Pair statistic(Job *job, int64_t channel, int high, int low) noexcept nogil:
@@ -212,7 +230,7 @@ cdef bint finish_forward(Job *job, int64_t channel, bint again) noexcept nogil:
     if job.reduce != NULL:
         total, squares = sum_of(job, channel, 0), sum_of(job, channel, 1)
         delta = divide(total, count, exact_sums)
-        mean = two_sum(job.x_shift[channel], delta.hi)
+        mean = two_sum(job.x_shift[channel * job.positions], delta.hi)
         mean.lo += delta.lo
         m2 = add(squares, negative(multiply(total, delta, exact_sums)), exact_sums)
         if m2.hi < 0:
@@ -224,8 +242,7 @@ cdef bint finish_forward(Job *job, int64_t channel, bint again) noexcept nogil:
         if not again and delta.hi * delta.hi > job.kernels.shift_limit * var.hi:
             # From a float32, a float32 near it is subtracted exactly: constants have no variance.
             shift = mean.hi if exact_sums else <float>mean.hi
-            for k in range(job.fold):
-                job.x_shift[channel + k * job.channels] = shift
+            write_shift(job, channel, shift)
             return True
     else:
         mean = single(job.statistics[STATISTICS_MEAN * job.channels + channel])

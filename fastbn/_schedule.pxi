@@ -30,6 +30,7 @@ cdef struct Job:
     const fastbn_kernels *kernels
     bint planar
     int64_t outer, channels, inner
+    int64_t positions  # interleaved: adjacent columns of a channel; more than one are the plane of an image
     int threads
     int activation
     double negative_slope
@@ -58,8 +59,9 @@ cdef struct Job:
     int64_t rows_per_block
     int64_t segment   # planar: values of a run in a block, at most
     int64_t segments  # blocks of a run, where it is longer
-    int64_t fold      # interleaved: rows taken as one, to fill whole vectors; channel c is columns c + k channels
-    int64_t width     # sums and shifts: fold * channels
+    int64_t across    # interleaved: columns of a row of the array, channels * positions
+    int64_t fold      # interleaved: rows taken as one, to fill whole vectors
+    int64_t width     # sums and shifts: fold * across
     int64_t map_fold, map_width  # the same of map, whose rows may be longer: whole lines of the cache
     int64_t lead      # columns before the first of these lines, if map's rows begin there: coefficients go on so far
     int64_t coefficient_plane  # from a plane of coefficients to the next
@@ -99,6 +101,11 @@ cdef enum:
     # as many as are whole lines of the cache.
     GROUP_COLUMNS = 1024
     LEAST_COLUMNS = 128
+    # Values of a plane, at most, that are columns of an interleaved block, and images for each of them, at least; more
+    # where planes are whole vectors.
+    SHORT_PLANE = 200
+    IMAGES_PER_POSITION = 10
+    IMAGES_OF_VECTORS = 16
     # Columns of a map's row that consists of several rows of the array, at most.
     MAP_COLUMNS = 8 << 10
     # Bytes of x in a unit of planar channels, and of an interleaved map. All three steps: with y (or dy and dx) it fits
@@ -202,6 +209,14 @@ cdef void phase(Job *job, Worker worker, int64_t units, int threads, bint backwa
 # ----------------------------------------------------------------------------------------------------
 # blocks
 
+cdef inline int64_t positions_of(bint planar, int64_t outer, int64_t inner) noexcept nogil:
+    """Columns of a channel of an interleaved block. A planar array may be one, too, a row of which is an image: where
+    planes are short and images many, that is faster than to go from plane to plane. Bits depend on it: so it is for the
+    shape to say, and not for the number of channels."""
+    cdef int64_t images = IMAGES_PER_POSITION if inner % FASTBN_LANES else IMAGES_OF_VECTORS
+    return inner if planar and inner <= SHORT_PLANE and outer >= images * inner else 1
+
+
 cdef inline int64_t mask_plane(int64_t outer, int64_t inner, int64_t itemsize) noexcept nogil:
     """Bits from a plane of the mask to the next: those that a map may take as one adjoin, others begin with a group."""
     return inner if outer >= SPREAD_ROWS and inner * itemsize < LONG_RUN_BYTES else 8 * fastbn_mask_stride(inner)
@@ -221,11 +236,15 @@ cdef inline fastbn_operand locate(const Array *array, int64_t row, int64_t chann
 
 
 cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t inner, bint mapping) noexcept nogil:
-    """Point the operands of a block at the arrays; its rows, columns and channels are set."""
+    """Point the operands of a block at the arrays; its rows, columns and channels are set. Interleaved, `channel` is a
+    column."""
     cdef int64_t fold = job.map_fold if mapping else job.fold, bit
     cdef fastbn_operand none
     none.data = NULL
     none.row = none.channel = 0
+    cdef int64_t column = channel
+    if not job.planar:
+        channel, inner = column // job.positions, column % job.positions
     b.x = locate(&job.x, row, channel, inner, fold)
     b.dy = locate(&job.dy, row, channel, inner, fold)
     b.residual = b.y = b.dx = b.dresidual = none
@@ -244,7 +263,7 @@ cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t
             b.mask.row = fastbn_mask_stride(job.channels * b.mask.channel)
             b.mask_bit = bit % 8
         else:
-            bit = channel
+            bit = column
             b.mask.row = fastbn_mask_stride(job.width)
         b.mask.data = job.mask + row // fold * b.mask.row + bit // 8
     b.activation = job.activation
@@ -256,8 +275,8 @@ cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t
     b.next_too = mapping and job.next_too
     b.plane = job.width
     b.coefficient_plane = job.coefficient_plane
-    b.coefficients = job.coefficients + channel * job.kernels.coefficient_size
-    b.x_shift = job.x_shift + channel
+    b.coefficients = job.coefficients + column * job.kernels.coefficient_size
+    b.x_shift = job.x_shift + column
 
 
 cdef inline void redirect(fastbn_operand *operand, char **buffer, const fastbn_block *b, int64_t row) noexcept nogil:
@@ -269,29 +288,40 @@ cdef inline void redirect(fastbn_operand *operand, char **buffer, const fastbn_b
 
 
 cdef void move(Job *job, const Array *array, const fastbn_operand *strided, const fastbn_operand *dense,
-               const fastbn_block *b, bint back) noexcept nogil:
-    """Copy a block of an array to its dense rows, or back."""
+               const fastbn_block *b, int64_t column, bint back) noexcept nogil:
+    """Copy a block of an array to its dense rows, or back. Interleaved, the block begins with `column`, and where a row of
+    the array has several columns of each channel, they are copied channel by channel."""
     cdef fastbn_copy2d copy
-    cdef int64_t size = job.kernels.itemsize
+    cdef int64_t size = job.kernels.itemsize, columns = b.columns, rows = b.rows, stride = array.inner, at = 0, here
     if strided.data == NULL:
         return
-    copy.rows, copy.columns = b.rows, b.columns
-    copy.source_row, copy.source_column = array.outer, array.inner
     if not job.planar:  # `fold` rows of the array are one row of the block
-        copy.columns = min(b.columns, job.channels)
-        copy.rows = b.rows * (b.columns // copy.columns)
-        copy.source_column = array.channel
-    copy.destination_row, copy.destination_column = copy.columns * size, size
-    copy.source, copy.destination = strided.data, dense.data
-    if back:
-        copy.source, copy.destination = copy.destination, <char *>copy.source
-        copy.source_row, copy.destination_row = copy.destination_row, copy.source_row
-        copy.source_column, copy.destination_column = copy.destination_column, copy.source_column
-    job.kernels.copy2d(&copy)
+        columns = min(b.columns, job.across)
+        rows = b.rows * (b.columns // columns)
+        if job.positions == 1:
+            stride = array.channel
+    while at < columns:
+        copy.rows, copy.columns = rows, columns
+        here = column + at
+        if job.positions > 1:
+            copy.columns = min(job.positions - here % job.positions, columns - at)
+        copy.source_row, copy.source_column = array.outer, stride
+        copy.destination_row, copy.destination_column = columns * size, size
+        copy.source = (strided.data + (here // job.positions - column // job.positions) * array.channel
+                       + (here % job.positions - column % job.positions) * array.inner)
+        copy.destination = dense.data + at * size
+        at += copy.columns
+        if back:
+            copy.source, copy.destination = copy.destination, <char *>copy.source
+            copy.source_row, copy.destination_row = copy.destination_row, copy.source_row
+            copy.source_column, copy.destination_column = copy.destination_column, copy.source_column
+        job.kernels.copy2d(&copy)
 
 
-cdef void run_packed(Job *job, fastbn_kernel *kernel, const fastbn_block *strided, int thread) noexcept nogil:
-    """A kernel over a block (of one planar channel) of strided arrays: packed, computed, unpacked."""
+cdef void run_packed(Job *job, fastbn_kernel *kernel, const fastbn_block *strided, int64_t column,
+                     int thread) noexcept nogil:
+    """A kernel over a block (of one planar channel, or from `column` on) of strided arrays: packed, computed,
+    unpacked."""
     cdef fastbn_block dense = strided[0]
     cdef char *buffer = job.packing + thread * job.packing_size
     cdef int64_t row = strided.columns * job.kernels.itemsize
@@ -302,13 +332,13 @@ cdef void run_packed(Job *job, fastbn_kernel *kernel, const fastbn_block *stride
     redirect(&dense.y, &buffer, strided, row)
     redirect(&dense.dx, &buffer, strided, row)
     redirect(&dense.dresidual, &buffer, strided, row)
-    move(job, &job.x, &strided.x, &dense.x, strided, False)
-    move(job, &job.residual, &strided.residual, &dense.residual, strided, False)
-    move(job, &job.dy, &strided.dy, &dense.dy, strided, False)
+    move(job, &job.x, &strided.x, &dense.x, strided, column, False)
+    move(job, &job.residual, &strided.residual, &dense.residual, strided, column, False)
+    move(job, &job.dy, &strided.dy, &dense.dy, strided, column, False)
     kernel(&dense)
-    move(job, &job.y, &strided.y, &dense.y, strided, True)
-    move(job, &job.dx, &strided.dx, &dense.dx, strided, True)
-    move(job, &job.dresidual, &strided.dresidual, &dense.dresidual, strided, True)
+    move(job, &job.y, &strided.y, &dense.y, strided, column, True)
+    move(job, &job.dx, &strided.dx, &dense.dx, strided, column, True)
+    move(job, &job.dresidual, &strided.dresidual, &dense.dresidual, strided, column, True)
 
 
 cdef void place_planar(Job *job, fastbn_block *b, int64_t channel, int64_t channels, int64_t block,
@@ -335,7 +365,7 @@ cdef void run_planar(Job *job, fastbn_kernel *kernel, int thread, int64_t channe
         return
     for i in range(channel, channel + channels):
         place_planar(job, &b, i, 1, block, mapping)
-        run_packed(job, kernel, &b, thread)
+        run_packed(job, kernel, &b, 0, thread)
 
 
 cdef void run_interleaved(Job *job, fastbn_kernel *kernel, int thread, int64_t block, int64_t row, int64_t last,
@@ -345,7 +375,7 @@ cdef void run_interleaved(Job *job, fastbn_kernel *kernel, int thread, int64_t b
     cdef fastbn_block b
     cdef int64_t step, fold = job.map_fold if mapping else job.fold
     if row == job.outer // fold:
-        columns = (job.outer - row * fold) * job.channels
+        columns = (job.outer - row * fold) * job.across
     b.columns = columns
     step = max(1, PACKED_VALUES // columns) if job.packed else last - row
     while row < last:
@@ -353,7 +383,7 @@ cdef void run_interleaved(Job *job, fastbn_kernel *kernel, int thread, int64_t b
         place(job, &b, row * fold, column, 0, mapping)
         b.sums = job.sums + block * job.kernels.sums * job.width + column
         if job.packed:
-            run_packed(job, kernel, &b, thread)
+            run_packed(job, kernel, &b, column, thread)
         else:
             kernel(&b)
         row += step
@@ -374,12 +404,10 @@ cdef void set_shift(Job *job, int64_t channel, double first) noexcept nogil:
     """What is subtracted from x before summing: the first x (float64, which has no digits to spare), or (backward) what
     forward has found; `first` is the first g there."""
     cdef double shift = finite(first)
-    cdef int64_t k
     if job.dy.data != NULL:
         job.dy_first[channel] = shift
         shift = center_of(job, channel)
-    for k in range(job.fold):
-        job.x_shift[channel + k * job.channels] = shift
+    write_shift(job, channel, shift)
 
 
 cdef void clear_sums(Job *job, int64_t block, int64_t column, int64_t columns) noexcept nogil:
@@ -394,10 +422,10 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
     over one value with shifts of 0. Forward of narrower values needs none."""
     cdef fastbn_block b
     cdef fastbn_operand values
-    cdef int64_t channel, k
+    cdef int64_t channel, column
     cdef fastbn_coefficients exact
-    for k in range(job.fold):
-        memset(job.x_shift + first + k * job.channels, 0, (last - first) * sizeof(double))
+    for channel in range(first, last):
+        write_shift(job, channel, 0)
     if not shifts_by_first(job):
         return
     if job.dy.data != NULL and job.mask == NULL and job.activation != IDENTITY:  # the gate is found from x
@@ -416,19 +444,19 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
         job.reduce(&b)
     else:
         clear_sums(job, 0, 0, job.width)
-        channel = 0
-        while channel < job.channels:  # whole groups: a mask has no address for a single channel
+        column = 0
+        while column < job.across:  # whole groups: a mask has no address for a single column
             b.rows = 1
-            b.columns = min(GROUP_COLUMNS, job.channels - channel)
-            place(job, &b, 0, channel, 0, False)
-            b.sums = job.sums + channel
+            b.columns = min(GROUP_COLUMNS, job.across - column)
+            place(job, &b, 0, column, 0, False)
+            b.sums = job.sums + column
             if job.packed:
-                run_packed(job, job.reduce, &b, thread)
+                run_packed(job, job.reduce, &b, column, thread)
             else:
                 job.reduce(&b)
-            channel += b.columns
+            column += b.columns
     for channel in range(first, last):
-        set_shift(job, channel, job.sums[channel])
+        set_shift(job, channel, job.sums[channel * job.positions])
 
 
 cdef inline int64_t first_of(Job *job, int64_t group) noexcept nogil:
@@ -463,7 +491,8 @@ cdef void reduce_units(Job *job, int thread, int64_t first, int64_t last) noexce
     for unit in range(first, last):
         group = planar_group(job, unit) if job.planar else unit % job.groups
         channel, end = first_of(job, group), first_of(job, group + 1)
-        if job.again and not any_redo(job, channel, min(end, job.channels)):
+        if job.again and not any_redo(job, channel // job.positions,
+                                      ceil_div(min(end, job.across), job.positions)):
             continue
         if job.planar:
             run_planar(job, job.reduce, thread, channel, end - channel, planar_block_of(job, unit), False)
@@ -641,6 +670,11 @@ cdef bint any_redo(Job *job, int64_t first, int64_t last) noexcept nogil:
 # ----------------------------------------------------------------------------------------------------
 # the job as a whole
 
+cdef bint is_dense(Job *job, const Array *array) noexcept nogil:
+    """Whether the planes of neighbouring channels adjoin."""
+    return array.data == NULL or (array.inner == job.kernels.itemsize and array.channel == job.inner * array.inner)
+
+
 cdef bint is_strided(Job *job, const Array *array) noexcept nogil:
     """Whether rows of the array are not rows of a block: adjacent values."""
     cdef int64_t size = job.kernels.itemsize
@@ -648,7 +682,8 @@ cdef bint is_strided(Job *job, const Array *array) noexcept nogil:
         return False
     if job.planar:
         return job.inner > 1 and array.inner != size
-    return array.channel != size or (job.fold > 1 and job.outer > 1 and array.outer != job.channels * size)
+    return (not is_dense(job, array) if job.positions > 1 else array.channel != size) or (
+        job.fold > 1 and job.outer > 1 and array.outer != job.across * size)
 
 
 cdef int64_t gcd(int64_t a, int64_t b) noexcept nogil:
@@ -673,7 +708,7 @@ cdef bint has_whole_lines(Job *job, const Array *array) noexcept nogil:
 
 cdef inline bint has_no_gaps(Job *job, const Array *array) noexcept nogil:
     """Whether interleaved rows adjoin."""
-    return array.data == NULL or array.outer == job.channels * job.kernels.itemsize
+    return array.data == NULL or array.outer == job.across * job.kernels.itemsize
 
 
 cdef bint align_rows(Job *job, const char *written) noexcept nogil:
@@ -691,14 +726,9 @@ cdef bint align_rows(Job *job, const char *written) noexcept nogil:
     return has_whole_lines(job, &job.y) and has_whole_lines(job, &job.dx) and has_whole_lines(job, &job.dresidual)
 
 
-cdef bint is_dense(Job *job, const Array *array) noexcept nogil:
-    """Whether the planes of neighbouring channels adjoin."""
-    return array.data == NULL or (array.inner == job.kernels.itemsize and array.channel == job.inner * array.inner)
-
-
-cdef int64_t fold_of(bint planar, int64_t channels) noexcept nogil:
-    """Rows of few interleaved channels that make whole vectors together."""
-    return 1 if planar or channels >= FASTBN_FOLD_BELOW else FASTBN_LANES // gcd(channels, FASTBN_LANES)
+cdef int64_t fold_of(bint planar, int64_t columns) noexcept nogil:
+    """Short interleaved rows that make whole vectors together."""
+    return 1 if planar or columns >= FASTBN_FOLD_BELOW else FASTBN_LANES // gcd(columns, FASTBN_LANES)
 
 
 cdef bint balanced(int64_t channels, int threads) noexcept nogil:
@@ -725,8 +755,9 @@ cdef void cut(Job *job) noexcept nogil:
     cdef bint adjoining, large, one_by_one, shared_bytes
     cdef const char *written
     cdef double least_large
-    job.fold = fold_of(job.planar, job.channels)
-    job.width = job.fold * job.channels
+    job.across = job.channels * job.positions
+    job.fold = fold_of(job.planar, job.across)
+    job.width = job.fold * job.across
     job.packed = (is_strided(job, &job.x) or is_strided(job, &job.residual) or is_strided(job, &job.dy)
                   or is_strided(job, &job.y) or is_strided(job, &job.dx) or is_strided(job, &job.dresidual))
     adjoining = (job.planar and not job.packed and run < LONG_RUN_BYTES

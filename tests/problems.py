@@ -42,6 +42,8 @@ SHAPES: tuple[Shape, ...] = (
     (16, 1, 5, 5),
     (2, 3, 2, 3, 5),
     (1, 2, 3, 16, 17),
+    (70, 3, 2, 3),  # short planes, which are columns: folded rows and a rest
+    (520, 33, 2),  # the same: more than one block
     (1, 2, 128, 129),  # more than one block of a planar sum
     (4099, 3),  # more than one block of an interleaved sum
 )

@@ -38,6 +38,7 @@ BIG_ENOUGH = [
     (10000, 6),  # folded rows, several blocks and a rest
     (20, 17000),  # rows wider than what is packed at once
     (20, 300, 7, 7),  # short runs, several groups of them
+    (30, 700, 3),  # planes that are columns, of which groups have parts
     (5, 33, 3),  # runs shorter than a vector
 ]
 
@@ -95,7 +96,7 @@ def test_bits_do_not_depend_on_alignment(dtype, order):
 
 @each_dtype
 @pytest.mark.parametrize("threads", [1, 3])
-@each_shape([(5, 6, 7, 11), (2, 2, 130, 131), (2, 100, 600)])
+@each_shape([(5, 6, 7, 11), (2, 2, 130, 131), (2, 100, 600), (70, 6, 2, 3), (30, 700, 3)])
 @pytest.mark.parametrize(
     "order", ["reversed", "padded", "unaligned", "byte-swapped", "every-other-channel", "every-other-value"]
 )
@@ -162,7 +163,7 @@ def test_bits_in_place_and_repeated(dtype, order):
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
     ("axis", "shape"),  # planes that adjoin, whose lines differ, with a last block shorter than a line; rows likewise
-    [(1, (50, 7, 7)), (1, (8, 33, 35)), (1, (4, 42, 98))]
+    [(1, (50, 7, 7)), (1, (70, 2, 2)), (1, (8, 33, 35)), (1, (4, 42, 98))]
     + [(-1, (50, 7, 7)), (-1, (9, 25, 64)), (-1, (9, 20, 72)), (-1, (7, 11, 101)), (-1, (3, 5, 1030))],
 )
 def test_bits_of_streamed_output(isa, dtype, threads, axis, shape):
