@@ -289,8 +289,8 @@ cdef inline void redirect(fastbn_operand *operand, char **buffer, const fastbn_b
 
 cdef void move(Job *job, const Array *array, const fastbn_operand *strided, const fastbn_operand *dense,
                const fastbn_block *b, int64_t column, bint back) noexcept nogil:
-    """Copy a block of an array to its dense rows, or back. Interleaved, the block begins with `column`, and where a row of
-    the array has several columns of each channel, they are copied channel by channel."""
+    """Copy a block of an array to its dense rows, or back. Interleaved, the block begins with `column`, and where a
+    channel has several columns of a row, they are copied channel by channel."""
     cdef fastbn_copy2d copy
     cdef int64_t size = job.kernels.itemsize, columns = b.columns, rows = b.rows, stride = array.inner, at = 0, here
     if strided.data == NULL:
