@@ -23,9 +23,35 @@ cdef extern from "fastbn.h" nogil:
         FASTBN_FOLD_BELOW
         FASTBN_ALIGNMENT
         FASTBN_PLANES
+        FASTBN_AT_ONCE
 
-    ctypedef struct fastbn_coefficients:
-        double center, off_center, scale, beta, level, off_level, slope
+    enum:
+        FASTBN_MEAN
+        FASTBN_MEAN_LO
+        FASTBN_M2
+        FASTBN_VAR
+        FASTBN_RSTD
+        FASTBN_RSTD_LO
+        FASTBN_GAMMA
+        FASTBN_BETA
+        FASTBN_ROWS
+
+    ctypedef struct fastbn_channels:
+        int64_t channels
+        double count, eps
+        int statistics_only
+        double *statistics
+        const double *gamma
+        const double *beta
+        double *dgamma
+        double *dbeta
+        const double *sums
+        const double *x_shift
+        int64_t plane, positions
+        const double *dy_first
+        char *redo
+        void *coefficients
+        int64_t coefficient_plane, across, columns
 
     ctypedef struct fastbn_operand:
         char *data
@@ -54,10 +80,10 @@ cdef extern from "fastbn.h" nogil:
 
     ctypedef void fastbn_pair(const fastbn_block *map, const fastbn_block *reduce) noexcept nogil
     ctypedef void fastbn_kernel(const fastbn_block *) noexcept nogil
+    ctypedef void fastbn_finish(const fastbn_channels *, int64_t first, int64_t last) noexcept nogil
 
     ctypedef struct fastbn_kernels:
         int64_t itemsize, coefficient_size, sums
-        double shift_limit
         fastbn_kernel *stats[2]
         fastbn_kernel *apply[2]
         fastbn_kernel *backward_stats[2]
@@ -67,8 +93,9 @@ cdef extern from "fastbn.h" nogil:
         fastbn_pair *apply_beside_stats
         fastbn_pair *backward_apply_beside_stats
         fastbn_pair *apply_adjoining_beside_stats
-        void (*round_coefficients)(const fastbn_coefficients *exact, int backward, void *coefficients,
-                                   int64_t plane) noexcept nogil
+        fastbn_finish *finish_forward
+        fastbn_finish *finish_backward
+        void (*begin_backward)(const fastbn_channels *, int64_t first, int64_t last, double *center) noexcept nogil
         void (*copy2d)(const fastbn_copy2d *) noexcept nogil
         void (*first_values)(const fastbn_operand *x, int64_t channels, double *values) noexcept nogil
 
@@ -143,15 +170,15 @@ fastbn_register_fork()
 
 # rows of `statistics`
 cpdef enum:
-    STATISTICS_MEAN
-    STATISTICS_MEAN_LO
-    STATISTICS_M2
-    STATISTICS_VAR
-    STATISTICS_RSTD
-    STATISTICS_RSTD_LO
-    STATISTICS_GAMMA
-    STATISTICS_BETA
-    STATISTICS_ROWS
+    STATISTICS_MEAN = FASTBN_MEAN
+    STATISTICS_MEAN_LO = FASTBN_MEAN_LO
+    STATISTICS_M2 = FASTBN_M2
+    STATISTICS_VAR = FASTBN_VAR
+    STATISTICS_RSTD = FASTBN_RSTD
+    STATISTICS_RSTD_LO = FASTBN_RSTD_LO
+    STATISTICS_GAMMA = FASTBN_GAMMA
+    STATISTICS_BETA = FASTBN_BETA
+    STATISTICS_ROWS = FASTBN_ROWS
 
 OPENMP = bool(FASTBN_OPENMP)
 DEBUG = bool(FASTBN_IS_DEBUG)
@@ -276,12 +303,24 @@ cdef double *load(double *to, cnp.ndarray vector) except NULL:
     place = <const char *>cnp.PyArray_DATA(vector)
     stride = cnp.PyArray_STRIDE(vector, 0)
     if cnp.PyArray_TYPE(vector) == cnp.NPY_FLOAT:
-        for i in range(cnp.PyArray_DIM(vector, 0)):
-            to[i] = (<const float *>(place + i * stride))[0]
+        if stride == sizeof(float):  # known to the compiler
+            for i in range(cnp.PyArray_DIM(vector, 0)):
+                to[i] = (<const float *>place)[i]
+        else:
+            for i in range(cnp.PyArray_DIM(vector, 0)):
+                to[i] = (<const float *>(place + i * stride))[0]
     else:
         for i in range(cnp.PyArray_DIM(vector, 0)):
             to[i] = (<const double *>(place + i * stride))[0]
     return to
+
+
+cdef double *given(double *to, vector, int64_t channels) except? NULL:
+    """The same of an optional vector. Without one, NULL, and zeros."""
+    if vector is None:
+        memset(to, 0, channels * sizeof(double))
+        return NULL
+    return load(to, vector)
 
 
 cdef int store(cnp.ndarray vector, cnp.ndarray values) except -1:
@@ -292,8 +331,12 @@ cdef int store(cnp.ndarray vector, cnp.ndarray values) except -1:
     if not is_direct(vector):
         return cnp.PyArray_CopyInto(vector, values)
     if cnp.PyArray_TYPE(vector) == cnp.NPY_FLOAT:
-        for i in range(cnp.PyArray_DIM(vector, 0)):
-            (<float *>(place + i * stride))[0] = <float>value[i]
+        if stride == sizeof(float):
+            for i in range(cnp.PyArray_DIM(vector, 0)):
+                (<float *>place)[i] = <float>value[i]
+        else:
+            for i in range(cnp.PyArray_DIM(vector, 0)):
+                (<float *>(place + i * stride))[0] = <float>value[i]
     else:
         for i in range(cnp.PyArray_DIM(vector, 0)):
             (<double *>(place + i * stride))[0] = value[i]
@@ -328,9 +371,9 @@ cdef rounded(cnp.ndarray values, dtype):
 
 def statistics(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, cnp.ndarray statistics):
     cdef Job job = new_job(isa, dtype, threads, planar, shape, x)
-    job.statistics = <double *>cnp.PyArray_DATA(statistics)
-    job.statistics_only = True
-    job.finish = finish_forward
+    job.known.statistics = <double *>cnp.PyArray_DATA(statistics)
+    job.known.statistics_only = True
+    job.finish = job.kernels.finish_forward
     job.reduce = job.kernels.stats[job.planar]
     carry_out(&job)
 
@@ -340,7 +383,7 @@ def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, 
             momentum, bint unbiased, counter, bint finite_only, bint finite_first):
     cdef Job job = new_job(isa, dtype, threads, planar, shape, x)
     cdef cnp.npy_intp *extents = [STATISTICS_ROWS, job.channels]
-    cdef cnp.ndarray statistics = cnp.PyArray_ZEROS(2, extents, cnp.NPY_DOUBLE, 0), new_mean, new_var
+    cdef cnp.ndarray statistics = cnp.PyArray_EMPTY(2, extents, cnp.NPY_DOUBLE, 0), new_mean, new_var
     cdef double *rows = <double *>cnp.PyArray_DATA(statistics)
     cdef int64_t count = job.outer * job.inner
     cdef uint64_t saved = fastbn_enter()
@@ -349,13 +392,15 @@ def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, 
         job.y = operand(y)
         job.mask = NULL if mask is None else <char *>cnp.PyArray_DATA(mask)
         job.activation, job.negative_slope = activation
-        job.gamma = NULL if gamma is None else load(rows + STATISTICS_GAMMA * job.channels, gamma)
-        job.beta = NULL if beta is None else load(rows + STATISTICS_BETA * job.channels, beta)
-        job.eps = eps
-        job.statistics = rows
+        if count == 0:
+            memset(rows, 0, STATISTICS_ROWS * job.channels * sizeof(double))
+        job.known.gamma = given(rows + STATISTICS_GAMMA * job.channels, gamma, job.channels)
+        job.known.beta = given(rows + STATISTICS_BETA * job.channels, beta, job.channels)
+        job.known.eps = eps
+        job.known.statistics = rows
         job.training = training
         job.finite_first = finite_first
-        job.finish = finish_forward
+        job.finish = job.kernels.finish_forward
         job.map = job.kernels.apply[job.planar]
         job.map_beside_reduce = job.kernels.apply_beside_stats
         job.map_adjoining = job.kernels.apply_adjoining
@@ -363,6 +408,7 @@ def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, 
         if training:
             job.reduce = job.kernels.stats[job.planar]
         else:
+            memset(rows + STATISTICS_MEAN_LO * job.channels, 0, 2 * job.channels * sizeof(double))  # and M2
             load(rows + STATISTICS_MEAN * job.channels, running_mean)
             load(rows + STATISTICS_VAR * job.channels, running_var)
         carry_out(&job)
@@ -397,14 +443,14 @@ def backward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x,
         job.dresidual = operand(dresidual)
         job.mask = NULL if mask is None else <char *>cnp.PyArray_DATA(mask)
         job.activation, job.negative_slope = activation
-        job.gamma = NULL if gamma_dtype is None else rows + STATISTICS_GAMMA * job.channels
-        job.beta = NULL if beta_dtype is None else rows + STATISTICS_BETA * job.channels
-        job.statistics = rows
+        job.known.gamma = NULL if gamma_dtype is None else rows + STATISTICS_GAMMA * job.channels
+        job.known.beta = NULL if beta_dtype is None else rows + STATISTICS_BETA * job.channels
+        job.known.statistics = rows
         job.training = training
-        job.dgamma = <double *>cnp.PyArray_DATA(dgamma)
-        job.dbeta = <double *>cnp.PyArray_DATA(dbeta)
-        job.finish = finish_backward
-        if training or job.gamma != NULL or job.beta != NULL:
+        job.known.dgamma = <double *>cnp.PyArray_DATA(dgamma)
+        job.known.dbeta = <double *>cnp.PyArray_DATA(dbeta)
+        job.finish = job.kernels.finish_backward
+        if training or job.known.gamma != NULL or job.known.beta != NULL:
             job.reduce = job.kernels.backward_stats[job.planar]
         job.map = job.kernels.backward_apply[job.planar]
         job.map_beside_reduce = job.kernels.backward_apply_beside_stats

@@ -3,7 +3,7 @@
 #
 # Forward and backward are the same three steps, each a phase over all threads:
 #     reduce   sums of every block                               stats or backward_stats kernels
-#     finish   sums -> moments and coefficients of a channel     float64, here
+#     finish   sums -> moments and coefficients of channels      float64: blocks are added here, finish kernels
 #     map      every value                                       apply or backward_apply kernels
 # Where there are channels enough for all threads (planar), one phase does the three steps channel by channel, so that
 # the second reading of a channel finds it in the cache.
@@ -22,7 +22,6 @@ cdef struct Array:  # strides in bytes; data is NULL where an optional array is 
     int64_t outer, channel, inner
 
 cdef struct Job
-ctypedef bint (*Finish)(Job *, int64_t, bint) noexcept nogil
 ctypedef void (*Worker)(Job *, int, int64_t, int64_t) noexcept nogil
 
 cdef struct Job:
@@ -35,10 +34,9 @@ cdef struct Job:
     int activation
     double negative_slope
     bint training
-    bint statistics_only
     bint finite_first  # no map unless all statistics are finite
-    double eps
-    Finish finish
+    fastbn_finish *finish
+    fastbn_channels known  # what finish is told of the channels, and where it writes
     fastbn_kernel *reduce  # NULL: the statistics are given
     fastbn_kernel *map     # NULL: only the statistics are wanted
     fastbn_pair *map_beside_reduce  # planar: both at once, for different channels
@@ -48,11 +46,6 @@ cdef struct Job:
     # arrays
     Array x, residual, dy, y, dx, dresidual
     char *mask
-    const double *gamma
-    const double *beta
-    double *statistics  # STATISTICS_ROWS rows of `channels`
-    double *dgamma
-    double *dbeta
     # how it is cut: blocks of a channel (planar) or of rows (interleaved), in groups of channels; a unit is one block
     # of one group
     int64_t blocks
@@ -85,7 +78,6 @@ cdef struct Job:
     double *x_shift
     double *dy_first  # the first g of a channel
     char *coefficients
-    char *redo        # a flag a channel
     bint again        # reduce does only those
     bint packed       # some array is strided: blocks pass through `packing`
     char *packing     # a part for each thread
@@ -122,7 +114,7 @@ cdef enum:
     TASKS_PER_THREAD = 16
     # Sums that one thread adds while others would still wake up, and how many of them a channel takes besides.
     SERIAL_SUMS = 3 << 10
-    CHANNEL_SUMS = 16
+    CHANNEL_SUMS = 4
     # The map takes shorter runs as one, if they adjoin.
     LONG_RUN_BYTES = 2 << 10
     # Rows of adjoining planes for which spreading their coefficients pays, and for planes of some vectors those for
@@ -400,16 +392,6 @@ cdef inline bint shifts_by_first(Job *job) noexcept nogil:
     return job.dy.data != NULL or is_exact(job)
 
 
-cdef void set_shift(Job *job, int64_t channel, double first) noexcept nogil:
-    """What is subtracted from x before summing: the first x (float64, which has no digits to spare), or (backward) what
-    forward has found; `first` is the first g there."""
-    cdef double shift = finite(first)
-    if job.dy.data != NULL:
-        job.dy_first[channel] = shift
-        shift = center_of(job, channel)
-    write_shift(job, channel, shift)
-
-
 cdef void clear_sums(Job *job, int64_t block, int64_t column, int64_t columns) noexcept nogil:
     """Before a kernel that adds to them."""
     cdef int64_t plane
@@ -417,21 +399,36 @@ cdef void clear_sums(Job *job, int64_t block, int64_t column, int64_t columns) n
         memset(job.sums + (block * job.kernels.sums + plane) * job.width + column, 0, columns * sizeof(double))
 
 
+cdef void begin_backward(Job *job, int64_t first, int64_t last) noexcept nogil:
+    """What is subtracted from x, and where the gate is found from x, the coefficients of forward."""
+    cdef double center[FASTBN_AT_ONCE]
+    cdef fastbn_channels known = job.known
+    cdef int64_t channel = first, i, count
+    if job.mask != NULL or job.activation == IDENTITY:
+        known.coefficients = NULL
+    while channel < last:
+        count = min(last - channel, FASTBN_AT_ONCE)
+        job.kernels.begin_backward(&known, channel, channel + count, center)
+        for i in range(count):
+            write_shift(job, channel + i, center[i])
+        channel += count
+
+
 cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
-    """The shifts of a range of channels: their first values, or where an activation has a say, or interleaved, sums
-    over one value with shifts of 0. Forward of narrower values needs none."""
+    """The shifts of a range of channels: 0, or the first x (float64, which has no digits to spare), or (backward) what
+    forward has found. And the first g, which as the first x is the sum over one value where an activation has a say, or
+    interleaved."""
     cdef fastbn_block b
     cdef fastbn_operand values
-    cdef int64_t channel, column
-    cdef fastbn_coefficients exact
-    for channel in range(first, last):
-        write_shift(job, channel, 0)
+    cdef int64_t channel, column, k
+    cdef double value
+    for k in range(job.fold):
+        memset(job.x_shift + k * job.across + first * job.positions, 0,
+               (last - first) * job.positions * sizeof(double))
     if not shifts_by_first(job):
         return
-    if job.dy.data != NULL and job.mask == NULL and job.activation != IDENTITY:  # the gate is found from x
-        for channel in range(first, last):
-            exact = kept_normalizer(job, channel)
-            write_coefficients(job, channel, &exact, False)
+    if job.dy.data != NULL:
+        begin_backward(job, first, last)
     if job.planar and (job.dy.data == NULL or job.activation == IDENTITY):
         values = locate(&job.x if job.dy.data == NULL else &job.dy, 0, first, 0, 1)
         job.kernels.first_values(&values, last - first, job.sums + first)
@@ -456,7 +453,11 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
                 job.reduce(&b)
             column += b.columns
     for channel in range(first, last):
-        set_shift(job, channel, job.sums[channel * job.positions])
+        value = finite(job.sums[channel * job.positions])
+        if job.dy.data != NULL:
+            job.dy_first[channel] = value
+        else:
+            write_shift(job, channel, value)
 
 
 cdef inline int64_t first_of(Job *job, int64_t group) noexcept nogil:
@@ -541,26 +542,6 @@ cdef void map_units(Job *job, int thread, int64_t first, int64_t last) noexcept 
                     run_interleaved(job, job.map, thread, 0, row, min(row + job.map_rows, rows), column,
                                     min(columns, job.map_width - column), True)
                     column += columns
-
-
-cdef void finish_channels(Job *job, int64_t first, int64_t last) noexcept nogil:
-    cdef int64_t channel
-    if job.reduce != NULL:
-        add_blocks(job, first, last)
-    for channel in range(first, last):
-        job.redo[channel] = job.finish(job, channel, False)
-
-
-cdef void finish_redone(Job *job, int64_t first, int64_t last) noexcept nogil:
-    cdef int64_t channel = first, end, redone
-    while channel < last:
-        end = channel
-        while end < last and job.redo[end]:
-            end += 1
-        add_blocks(job, channel, end)
-        for redone in range(channel, end):
-            job.finish(job, redone, True)
-        channel = end + 1
 
 
 cdef void finish_units(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
@@ -662,7 +643,7 @@ cdef void staggered_groups(Job *job, int thread, int64_t first, int64_t last) no
 cdef bint any_redo(Job *job, int64_t first, int64_t last) noexcept nogil:
     cdef int64_t channel
     for channel in range(first, last):
-        if job.redo[channel]:
+        if job.known.redo[channel]:
             return True
     return False
 
@@ -842,6 +823,9 @@ cdef void cut(Job *job) noexcept nogil:
     job.coefficient_plane = job.map_width
     if job.lead > 0:  # by a whole line, as all planes begin with one
         job.coefficient_plane += FASTBN_ALIGNMENT // job.kernels.itemsize
+    job.known.channels, job.known.count = job.channels, <double>(job.outer * job.inner)
+    job.known.plane, job.known.positions, job.known.across = job.width, job.positions, job.across
+    job.known.coefficient_plane, job.known.columns = job.coefficient_plane, job.map_width + job.lead
     if adjoining:
         job.map, job.map_beside_reduce = job.map_adjoining, job.map_adjoining_beside_reduce
     one_by_one = job.by_channel and job.map != NULL and not job.packed
@@ -872,13 +856,15 @@ cdef int64_t lay_out(Job *job, char *memory) noexcept nogil:
     job.x_shift = <double *>take(&cursor, job.width * sizeof(double))
     job.dy_first = <double *>take(&cursor, job.channels * sizeof(double))
     job.coefficients = take(&cursor, FASTBN_PLANES * job.coefficient_plane * job.kernels.coefficient_size)
-    job.redo = take(&cursor, job.channels)
+    job.known.redo = take(&cursor, job.channels)
     job.sums = <double *>take(&cursor, sums_size(job) if job.reduce != NULL else 0)
     job.packing = cursor
     job.packing_size = 0
     if job.packed:  # x, dy and residual, dx and dresidual
         job.packing_size = 5 * aligned(PACKED_VALUES * job.kernels.itemsize)
     cursor += job.packing_size * min(job.threads, max(job.units, job.map_units))
+    job.known.sums = job.sums if job.reduce != NULL else NULL
+    job.known.x_shift, job.known.dy_first, job.known.coefficients = job.x_shift, job.dy_first, job.coefficients
     return cursor - memory
 
 

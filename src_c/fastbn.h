@@ -25,13 +25,16 @@ enum {
 /* Alignment of our own buffers: a cache line, and the widest register. */
 enum { FASTBN_ALIGNMENT = 64 };
 
-/* What forward and backward know of a channel. */
+/* Channels that finish takes at once. */
+enum { FASTBN_AT_ONCE = 64 };
+
+/* What forward and backward know of some channels. */
 typedef struct fastbn_coefficients {
-    double center, off_center; /* subtracted from x before all else; mean - center */
-    double scale;              /* gamma * rstd */
-    double beta;
-    double level, off_level; /* subtracted from g before all else; mean of g - level */
-    double slope;            /* rstd^2 * mean(g * (x - mean)) */
+    double center[FASTBN_AT_ONCE], off_center[FASTBN_AT_ONCE]; /* subtracted from x before all else; mean - center */
+    double scale[FASTBN_AT_ONCE];                              /* gamma * rstd */
+    double beta[FASTBN_AT_ONCE];
+    double level[FASTBN_AT_ONCE], off_level[FASTBN_AT_ONCE]; /* subtracted from g before all else; mean of g - level */
+    double slope[FASTBN_AT_ONCE];                            /* rstd^2 * mean(g * (x - mean)) */
 } fastbn_coefficients;
 
 /* The same as kernels use it: planes in the dtype of the arithmetic, of which the first three serve forward. What is
@@ -82,6 +85,40 @@ typedef struct fastbn_block {
     int64_t rows_ahead, then_row, short_row;
 } fastbn_block;
 
+/* Rows of what is known of all channels. */
+enum {
+    FASTBN_MEAN,    /* rounded */
+    FASTBN_MEAN_LO, /* what that has lost */
+    FASTBN_M2,      /* the sum of (x - mean)^2 */
+    FASTBN_VAR,
+    FASTBN_RSTD, /* rounded */
+    FASTBN_RSTD_LO,
+    FASTBN_GAMMA,
+    FASTBN_BETA,
+    FASTBN_ROWS
+};
+
+/* What finish knows of the channels of a call, and finds: one value for each where nothing else is said. */
+typedef struct fastbn_channels {
+    int64_t channels;
+    double count; /* values of a channel */
+    double eps;
+    int statistics_only;
+    double *statistics;         /* FASTBN_ROWS rows */
+    const double *gamma, *beta; /* NULL: 1, 0 */
+    double *dgamma, *dbeta;
+    /* Planes of sums, `plane` apart, and shifts: of each channel its first of so many columns, which are positions in a
+     * plane. No sums: the statistics are given, or no gradients are asked for. */
+    const double *sums, *x_shift;
+    int64_t plane, positions;
+    const double *dy_first;
+    char *redo; /* written: whether sums must be made again, with the mean as shift; NULL if they have been */
+    /* Planes of coefficients, a value for each column. `columns` of them are written, though a row of the array has
+     * only `across`, and then begins anew. */
+    void *coefficients;
+    int64_t coefficient_plane, across, columns;
+} fastbn_channels;
+
 /* A strided copy of a matrix. Strides in bytes. */
 typedef struct fastbn_copy2d {
     int64_t rows, columns;
@@ -93,6 +130,7 @@ typedef struct fastbn_copy2d {
 
 typedef void fastbn_kernel(const fastbn_block *);
 typedef void fastbn_pair(const fastbn_block *map, const fastbn_block *reduce);
+typedef void fastbn_finish(const fastbn_channels *, int64_t first, int64_t last);
 
 /* What an ISA offers for a dtype. */
 typedef struct fastbn_kernels {
@@ -101,7 +139,6 @@ typedef struct fastbn_kernels {
     /* Planes of sums: the two, and of float64 values what the additions to them have lost: they have no bits to spare
      * for roundings. */
     int64_t sums;
-    double shift_limit;               /* sums are redone if (mean - x_shift)^2 exceeds so many variances */
     fastbn_kernel *stats[2];          /* sums of d and d^2, d = x - x_shift;  [0] interleaved, [1] planar */
     fastbn_kernel *apply[2];          /* y (and mask) from x, residual, coefficients */
     fastbn_kernel *backward_stats[2]; /* sums of g and g*d, d = x - x_shift */
@@ -114,8 +151,12 @@ typedef struct fastbn_kernels {
     /* Likewise where the runs adjoin: at least 16 columns, so that a part of a row has its share of at most 32 channels
      * to sum. */
     fastbn_pair *apply_adjoining_beside_stats;
-    /* Round the coefficients of one channel into their planes, all or those of forward. */
-    void (*round_coefficients)(const fastbn_coefficients *exact, int backward, void *coefficients, int64_t plane);
+    fastbn_finish *finish_forward, *finish_backward;
+    /* Before backward's sums, of a range of channels: the coefficients of forward, and what is subtracted from x. */
+    void (*begin_backward)(const fastbn_channels *, int64_t first, int64_t last, double *center);
+    /* Round the coefficients of some channels into their planes, all or those of forward. */
+    void (*round_coefficients)(const fastbn_coefficients *exact, int channels, int backward, void *coefficients,
+                               int64_t plane);
     void (*copy2d)(const fastbn_copy2d *);
     /* The first value of each of so many planar channels. */
     void (*first_values)(const fastbn_operand *x, int64_t channels, double *values);

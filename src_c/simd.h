@@ -320,6 +320,20 @@ INLINE vec_f64 widen_part_f64(vec_f64 v, int part)
     return v;
 }
 
+INLINE vec_f64 sqrt_f64(vec_f64 v)
+{
+#if defined(__AVX512F__)
+    return (vec_f64)_mm512_sqrt_pd((__m512d)v);
+#elif defined(__AVX2__)
+    return (vec_f64)_mm256_sqrt_pd((__m256d)v);
+#elif defined(__SSE2__)
+    return (vec_f64)_mm_sqrt_pd((__m128d)v);
+#else
+    EACH(k, WIDTH_f64) v[k] = __builtin_sqrt(v[k]); /* an instruction, with -fno-math-errno */
+    return v;
+#endif
+}
+
 /* a + b, and what its rounding has lost: exact, if finite (Knuth) */
 INLINE vec_f64 two_sum_f64(vec_f64 a, vec_f64 b, vec_f64 *lost)
 {

@@ -81,6 +81,8 @@ enum {
     BACKWARD_ADJOINING,
     ADJOINING_BESIDE,
     COEFFICIENTS,
+    FINISH,
+    BACKWARD_FINISH,
     COPY,
     KERNELS
 };
@@ -94,11 +96,13 @@ static const char *const kernel_names[KERNELS] = {"stats",
                                                   "backward_apply_adjoining",
                                                   "apply_adjoining_beside_stats",
                                                   "coefficients",
+                                                  "finish_forward",
+                                                  "finish_backward",
                                                   "copy2d"};
 
 // The arrays of a block, for values of the largest dtype.
 static char *x, *residual, *dy, *y, *dx, *dresidual, *mask, *copied;
-static double *sums, *x_shift, *coefficients;
+static double *sums, *x_shift, *coefficients, *statistics, *found, *gradients;
 
 static fastbn_operand operand(char *data, const fastbn_block *b, int planar, int64_t row_bytes)
 {
@@ -125,15 +129,15 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
         for (int j = 0; j < 7; j++) drawn[j] = (double)(next_random(&seed) % 4001) / 1536 - 1.25;
         // some are not subtracted: sums of other kernels, of two channels at a time
         const int shifted = width % 4 >= 2 && (i % 5 == 2 || i % 5 == 4);
-        const fastbn_coefficients exact = {.center = shifted ? drawn[0] : 0,
-                                           .off_center = drawn[1] * 0x1p-30,
-                                           .scale = drawn[2],
-                                           .beta = drawn[3],
-                                           .level = drawn[4],
-                                           .off_level = drawn[5] * 0x1p-30,
-                                           .slope = drawn[6]};
-        k->round_coefficients(&exact, 1, (char *)coefficients + i * k->coefficient_size, per_channel);
-        x_shift[i] = exact.center;
+        const fastbn_coefficients exact = {.center = {shifted ? drawn[0] : 0},
+                                           .off_center = {drawn[1] * 0x1p-30},
+                                           .scale = {drawn[2]},
+                                           .beta = {drawn[3]},
+                                           .level = {drawn[4]},
+                                           .off_level = {drawn[5] * 0x1p-30},
+                                           .slope = {drawn[6]}};
+        k->round_coefficients(&exact, 1, 1, (char *)coefficients + i * k->coefficient_size, per_channel);
+        x_shift[i] = exact.center[0];
     }
     h[COEFFICIENTS] = hash(h[COEFFICIENTS], coefficients, FASTBN_PLANES * per_channel, arithmetic);
 
@@ -151,6 +155,31 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
     k->stats[planar](&b);
     h[STATS] = hash(h[STATS], sums, k->sums * per_channel, wide);
 
+    // with columns of a second row, as of one that begins where a line of the cache does
+    const fastbn_channels channels_of = {.channels = per_channel,
+                                         .count = (double)(planar ? rows * width : rows),
+                                         .eps = 1e-5,
+                                         .statistics = statistics,
+                                         .gamma = with_residual ? statistics + FASTBN_GAMMA * per_channel : NULL,
+                                         .dgamma = gradients,
+                                         .dbeta = gradients + per_channel,
+                                         .sums = sums,
+                                         .x_shift = x_shift,
+                                         .plane = per_channel,
+                                         .positions = 1,
+                                         .dy_first = x_shift,
+                                         .redo = copied,
+                                         .coefficients = found,
+                                         .coefficient_plane = 2 * per_channel,
+                                         .across = per_channel,
+                                         .columns = per_channel + per_channel / 2};
+    memcpy(statistics + FASTBN_GAMMA * per_channel, x_shift, per_channel * sizeof *x_shift);
+    memset(found, 0, FASTBN_PLANES * 2 * per_channel * sizeof *found);
+    k->finish_forward(&channels_of, 0, per_channel);
+    h[FINISH] = hash(h[FINISH], statistics, FASTBN_GAMMA * per_channel, wide);
+    h[FINISH] = hash(h[FINISH], found, 3 * 2 * per_channel, arithmetic);
+    h[FINISH] = hash(h[FINISH], copied, per_channel, (format){1, 7, 0});
+
     if (with_residual) b.residual = operand(residual, &b, planar, b.x.channel);
     b.y = operand(y, &b, planar, b.x.channel);
     if (masked) b.mask = (fastbn_operand){mask, mask_bytes, planar ? width : 0};
@@ -166,6 +195,9 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
     memset(sums, 0, k->sums * per_channel * sizeof *sums);
     k->backward_stats[planar](&b);
     h[BACKWARD_STATS] = hash(h[BACKWARD_STATS], sums, k->sums * per_channel, wide);
+    k->finish_backward(&channels_of, 0, per_channel);
+    h[BACKWARD_FINISH] = hash(h[BACKWARD_FINISH], gradients, 2 * per_channel, wide);
+    h[BACKWARD_FINISH] = hash(h[BACKWARD_FINISH], found, FASTBN_PLANES * 2 * per_channel, arithmetic);
     for (b.training = 0; b.training < 2; b.training++) {
         b.next_too = !b.training;
         k->backward_apply[planar](&b);
@@ -211,6 +243,9 @@ int main(void)
     sums = room(bytes);
     x_shift = room(bytes);
     coefficients = room(bytes);
+    statistics = room(bytes);
+    found = room(bytes);
+    gradients = room(bytes);
     for (int isa = 0; isa < fastbn_isa_count(); isa++) {
         if (!fastbn_isa_available(isa)) continue;
         for (int dtype = 0; dtype < fastbn_dtype_count(); dtype++) {

@@ -44,7 +44,10 @@ NOT_COUNTED = ("does not compile", "not built here", "same machine code")  # rep
 
 SEED, COUNT = 90, 200
 FILES = (
-    *(f"src_c/kernels/{name}.inc" for name in ("stats", "apply", "backward", "adjoining", "copy", "dtype", "table")),
+    *(
+        f"src_c/kernels/{name}.inc"
+        for name in ("stats", "apply", "backward", "adjoining", "copy", "finish", "dtype", "table")
+    ),
     *(f"src_c/{name}" for name in ("simd.h", "half.h", "activations.def", "dispatch.c")),
     *("fastbn/_schedule.pxi", "fastbn/_finish.pxi"),
 )
