@@ -117,8 +117,9 @@ cdef enum:
     CHANNEL_SUMS = 4
     # The map takes shorter runs as one, if they adjoin.
     LONG_RUN_BYTES = 2 << 10
-    # Rows of adjoining planes for which spreading their coefficients pays, and for planes of some vectors those for
-    # which the kernel does not yet do it (MAP_ROWS of apply.inc; with a mask it always does).
+    # Rows of adjoining planes for which spreading their coefficients pays. So few that the kernel does not (MAP_ROWS of
+    # apply.inc; with a mask it always does) are better mapped plane by plane in the caches; past them, planes of some
+    # vectors are taken that few rows at a time.
     SPREAD_ROWS = 16
     UNSPREAD_COLUMNS = 8 * FASTBN_LANES
     UNSPREAD_ROWS = 3
@@ -720,6 +721,8 @@ cdef bint balanced(int64_t channels, int threads) noexcept nogil:
 cdef bint spreading_pays(Job *job, bint large, bint shared_bytes) noexcept nogil:
     """Whether map takes planes that adjoin as one row: from memory, for the sake of whole lines of the cache; in the
     caches, those for which spreading coefficients was measured to cost less than their tails."""
+    if not large and job.outer <= UNSPREAD_ROWS:
+        return False
     if job.mask != NULL and not shared_bytes:
         return job.outer >= SPREAD_ROWS and (large or job.inner < MASKED_COLUMNS)
     if large or shared_bytes or job.inner < UNSPREAD_COLUMNS:
