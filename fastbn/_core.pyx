@@ -294,6 +294,22 @@ cdef bint is_direct(cnp.ndarray vector):
     return (number == cnp.NPY_FLOAT or number == cnp.NPY_DOUBLE) and cnp.PyArray_ISBEHAVED_RO(vector)
 
 
+cdef extern from * nogil:
+    """
+    /* Apart from one another, so that compilers take several values at once. */
+    static void fastbn_widen(double *restrict to, const float *restrict from, int64_t count)
+    {
+        for (int64_t i = 0; i < count; i++) to[i] = from[i];
+    }
+    static void fastbn_narrow(float *restrict to, const double *restrict from, int64_t count)
+    {
+        for (int64_t i = 0; i < count; i++) to[i] = (float)from[i];
+    }
+    """
+    void fastbn_widen(double *to, const float *from_, int64_t count)
+    void fastbn_narrow(float *to, const double *from_, int64_t count)
+
+
 cdef double *load(double *to, cnp.ndarray vector) except NULL:
     """Copy a vector to adjacent float64."""
     cdef int64_t i, stride
@@ -303,9 +319,8 @@ cdef double *load(double *to, cnp.ndarray vector) except NULL:
     place = <const char *>cnp.PyArray_DATA(vector)
     stride = cnp.PyArray_STRIDE(vector, 0)
     if cnp.PyArray_TYPE(vector) == cnp.NPY_FLOAT:
-        if stride == sizeof(float):  # known to the compiler
-            for i in range(cnp.PyArray_DIM(vector, 0)):
-                to[i] = (<const float *>place)[i]
+        if stride == sizeof(float):
+            fastbn_widen(to, <const float *>place, cnp.PyArray_DIM(vector, 0))
         else:
             for i in range(cnp.PyArray_DIM(vector, 0)):
                 to[i] = (<const float *>(place + i * stride))[0]
@@ -332,8 +347,7 @@ cdef int store(cnp.ndarray vector, cnp.ndarray values) except -1:
         return cnp.PyArray_CopyInto(vector, values)
     if cnp.PyArray_TYPE(vector) == cnp.NPY_FLOAT:
         if stride == sizeof(float):
-            for i in range(cnp.PyArray_DIM(vector, 0)):
-                (<float *>place)[i] = <float>value[i]
+            fastbn_narrow(<float *>place, value, cnp.PyArray_DIM(vector, 0))
         else:
             for i in range(cnp.PyArray_DIM(vector, 0)):
                 (<float *>(place + i * stride))[0] = <float>value[i]

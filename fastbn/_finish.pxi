@@ -84,6 +84,8 @@ cdef void finish_channels(Job *job, int64_t first, int64_t last) noexcept nogil:
     if job.reduce != NULL:
         add_blocks(job, first, last)
     job.finish(&job.known, first, last)
+    if not any_redo(job, first, last):
+        return
     for channel in range(first, last):
         if job.known.redo[channel]:
             # From a float32, a float32 near it is subtracted exactly: constants have no variance.

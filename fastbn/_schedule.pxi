@@ -13,7 +13,7 @@
 
 from cython.parallel cimport prange, threadid
 from libc.stdlib cimport free
-from libc.string cimport memset
+from libc.string cimport memchr, memset
 from posix.stdlib cimport posix_memalign
 
 
@@ -382,6 +382,10 @@ cdef void run_interleaved(Job *job, fastbn_kernel *kernel, int thread, int64_t b
         row += step
 
 
+cdef bint any_redo(Job *job, int64_t first, int64_t last) noexcept nogil:
+    return memchr(job.known.redo + first, True, last - first) != NULL
+
+
 include "_finish.pxi"
 
 
@@ -639,14 +643,6 @@ cdef void staggered_groups(Job *job, int thread, int64_t first, int64_t last) no
                 job.map_beside_reduce(&mapped, &reduced)
         finish_group(job, thread, channel, channels)
         waiting[0] = group
-
-
-cdef bint any_redo(Job *job, int64_t first, int64_t last) noexcept nogil:
-    cdef int64_t channel
-    for channel in range(first, last):
-        if job.known.redo[channel]:
-            return True
-    return False
 
 
 # ----------------------------------------------------------------------------------------------------
