@@ -23,7 +23,6 @@ cdef extern from "fastbn.h" nogil:
         FASTBN_FOLD_BELOW
         FASTBN_ALIGNMENT
         FASTBN_PLANES
-        FASTBN_AT_ONCE
 
     enum:
         FASTBN_MEAN
@@ -46,9 +45,9 @@ cdef extern from "fastbn.h" nogil:
         double *dgamma
         double *dbeta
         const double *sums
-        const double *x_shift
+        double *x_shift
         int64_t plane, positions
-        const double *dy_first
+        double *dy_first
         char *redo
         void *coefficients
         int64_t coefficient_plane, across, columns
@@ -94,8 +93,8 @@ cdef extern from "fastbn.h" nogil:
         fastbn_pair *backward_apply_beside_stats
         fastbn_pair *apply_adjoining_beside_stats
         fastbn_finish *finish_forward
+        fastbn_finish *begin_backward
         fastbn_finish *finish_backward
-        void (*begin_backward)(const fastbn_channels *, int64_t first, int64_t last, double *center) noexcept nogil
         void (*copy2d)(const fastbn_copy2d *) noexcept nogil
         void (*first_values)(const fastbn_operand *x, int64_t channels, double *values) noexcept nogil
 

@@ -74,7 +74,7 @@ cdef inline void write_shift(Job *job, int64_t channel, double shift) noexcept n
     cdef int64_t k, i
     for k in range(job.fold):
         for i in range(job.positions):
-            job.x_shift[k * job.across + channel * job.positions + i] = shift
+            job.known.x_shift[k * job.across + channel * job.positions + i] = shift
 
 
 cdef void finish_channels(Job *job, int64_t first, int64_t last) noexcept nogil:

@@ -57,7 +57,6 @@ cdef struct Job:
     int64_t width     # sums and shifts: fold * across
     int64_t map_fold, map_width  # the same of map, whose rows may be longer: whole lines of the cache
     int64_t lead      # columns before the first of these lines, if map's rows begin there: coefficients go on so far
-    int64_t coefficient_plane  # from a plane of coefficients to the next
     int64_t group     # columns (interleaved) or channels (planar) of a group, at most
     int64_t groups
     int64_t grain     # planar: groups begin at multiples of so many channels
@@ -75,9 +74,6 @@ cdef struct Job:
     char *taken  # tasks of each thread's part that have been taken, a line of the cache each
     char *waiting  # staggered: the group of a thread that has yet to be mapped, or -1, likewise
     double *sums
-    double *x_shift
-    double *dy_first  # the first g of a channel
-    char *coefficients
     bint again        # reduce does only those
     bint packed       # some array is strided: blocks pass through `packing`
     char *packing     # a part for each thread
@@ -267,9 +263,9 @@ cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t
     b.far = b.short_row = measured.far
     b.next_too = mapping and job.next_too
     b.plane = job.width
-    b.coefficient_plane = job.coefficient_plane
-    b.coefficients = job.coefficients + column * job.kernels.coefficient_size
-    b.x_shift = job.x_shift + column
+    b.coefficient_plane = job.known.coefficient_plane
+    b.coefficients = <char *>job.known.coefficients + column * job.kernels.coefficient_size
+    b.x_shift = job.known.x_shift + column
 
 
 cdef inline void redirect(fastbn_operand *operand, char **buffer, const fastbn_block *b, int64_t row) noexcept nogil:
@@ -404,36 +400,25 @@ cdef void clear_sums(Job *job, int64_t block, int64_t column, int64_t columns) n
         memset(job.sums + (block * job.kernels.sums + plane) * job.width + column, 0, columns * sizeof(double))
 
 
-cdef void begin_backward(Job *job, int64_t first, int64_t last) noexcept nogil:
-    """What is subtracted from x, and where the gate is found from x, the coefficients of forward."""
-    cdef double center[FASTBN_AT_ONCE]
-    cdef fastbn_channels known = job.known
-    cdef int64_t channel = first, i, count
-    if job.mask != NULL or job.activation == IDENTITY:
-        known.coefficients = NULL
-    while channel < last:
-        count = min(last - channel, FASTBN_AT_ONCE)
-        job.kernels.begin_backward(&known, channel, channel + count, center)
-        for i in range(count):
-            write_shift(job, channel + i, center[i])
-        channel += count
-
-
 cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
     """The shifts of a range of channels: 0, or the first x (float64, which has no digits to spare), or (backward) what
     forward has found. And the first g, which as the first x is the sum over one value where an activation has a say, or
     interleaved."""
     cdef fastbn_block b
+    cdef fastbn_channels known
     cdef fastbn_operand values
     cdef int64_t channel, column, k
     cdef double value
     for k in range(job.fold):
-        memset(job.x_shift + k * job.across + first * job.positions, 0,
+        memset(job.known.x_shift + k * job.across + first * job.positions, 0,
                (last - first) * job.positions * sizeof(double))
     if not shifts_by_first(job):
         return
     if job.dy.data != NULL:
-        begin_backward(job, first, last)
+        known = job.known
+        if job.mask != NULL or job.activation == IDENTITY:  # the gate is not found from x
+            known.coefficients = NULL
+        job.kernels.begin_backward(&known, first, last)
     if job.planar and (job.dy.data == NULL or job.activation == IDENTITY):
         values = locate(&job.x if job.dy.data == NULL else &job.dy, 0, first, 0, 1)
         job.kernels.first_values(&values, last - first, job.sums + first)
@@ -460,7 +445,7 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
     for channel in range(first, last):
         value = finite(job.sums[channel * job.positions])
         if job.dy.data != NULL:
-            job.dy_first[channel] = value
+            job.known.dy_first[channel] = value
         else:
             write_shift(job, channel, value)
 
@@ -819,12 +804,12 @@ cdef void cut(Job *job) noexcept nogil:
         if unit > job.threads:  # as many for each thread
             job.map_rows = ceil_div(rows, ceil_div(unit, job.threads) * job.threads)
         job.map_units = ceil_div(rows, job.map_rows) + (rows * job.map_fold < job.outer)
-    job.coefficient_plane = job.map_width
+    job.known.coefficient_plane = job.map_width
     if job.lead > 0:  # by a whole line, as all planes begin with one
-        job.coefficient_plane += FASTBN_ALIGNMENT // job.kernels.itemsize
+        job.known.coefficient_plane += FASTBN_ALIGNMENT // job.kernels.itemsize
     job.known.channels, job.known.count = job.channels, <double>(job.outer * job.inner)
     job.known.plane, job.known.positions, job.known.across = job.width, job.positions, job.across
-    job.known.coefficient_plane, job.known.columns = job.coefficient_plane, job.map_width + job.lead
+    job.known.columns = job.map_width + job.lead
     if adjoining:
         job.map, job.map_beside_reduce = job.map_adjoining, job.map_adjoining_beside_reduce
     one_by_one = job.by_channel and job.map != NULL and not job.packed
@@ -852,9 +837,9 @@ cdef int64_t lay_out(Job *job, char *memory) noexcept nogil:
     cdef char *cursor = memory
     job.taken = take(&cursor, job.threads * FASTBN_ALIGNMENT)
     job.waiting = take(&cursor, job.threads * FASTBN_ALIGNMENT)
-    job.x_shift = <double *>take(&cursor, job.width * sizeof(double))
-    job.dy_first = <double *>take(&cursor, job.channels * sizeof(double))
-    job.coefficients = take(&cursor, FASTBN_PLANES * job.coefficient_plane * job.kernels.coefficient_size)
+    job.known.x_shift = <double *>take(&cursor, job.width * sizeof(double))
+    job.known.dy_first = <double *>take(&cursor, job.channels * sizeof(double))
+    job.known.coefficients = take(&cursor, FASTBN_PLANES * job.known.coefficient_plane * job.kernels.coefficient_size)
     job.known.redo = take(&cursor, job.channels)
     job.sums = <double *>take(&cursor, sums_size(job) if job.reduce != NULL else 0)
     job.packing = cursor
@@ -863,7 +848,6 @@ cdef int64_t lay_out(Job *job, char *memory) noexcept nogil:
         job.packing_size = 5 * aligned(PACKED_VALUES * job.kernels.itemsize)
     cursor += job.packing_size * min(job.threads, max(job.units, job.map_units))
     job.known.sums = job.sums if job.reduce != NULL else NULL
-    job.known.x_shift, job.known.dy_first, job.known.coefficients = job.x_shift, job.dy_first, job.coefficients
     return cursor - memory
 
 

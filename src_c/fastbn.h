@@ -109,10 +109,11 @@ typedef struct fastbn_channels {
     double *dgamma, *dbeta;
     /* Planes of sums, `plane` apart, and shifts: of each channel its first of so many columns, which are positions in a
      * plane. No sums: the statistics are given, or no gradients are asked for. */
-    const double *sums, *x_shift;
+    const double *sums;
+    double *x_shift;
     int64_t plane, positions;
-    const double *dy_first;
-    char *redo; /* written: whether sums must be made again, with the mean as shift; NULL if they have been */
+    double *dy_first; /* the first g */
+    char *redo;       /* written: whether sums must be made again, with the mean as shift; NULL if they have been */
     /* Planes of coefficients, a value for each column. `columns` of them are written, though a row of the array has
      * only `across`, and then begins anew. */
     void *coefficients;
@@ -151,9 +152,9 @@ typedef struct fastbn_kernels {
     /* Likewise where the runs adjoin: at least 16 columns, so that a part of a row has its share of at most 32 channels
      * to sum. */
     fastbn_pair *apply_adjoining_beside_stats;
-    fastbn_finish *finish_forward, *finish_backward;
-    /* Before backward's sums, of a range of channels: the coefficients of forward, and what is subtracted from x. */
-    void (*begin_backward)(const fastbn_channels *, int64_t first, int64_t last, double *center);
+    /* Of a range of channels. Before backward's sums: what is subtracted from x, and unless they are NULL, the
+     * coefficients of forward. */
+    fastbn_finish *finish_forward, *begin_backward, *finish_backward;
     /* Round the coefficients of some channels into their planes, all or those of forward. */
     void (*round_coefficients)(const fastbn_coefficients *exact, int channels, int backward, void *coefficients,
                                int64_t plane);
