@@ -102,6 +102,10 @@ cdef extern from "fastbn.h" nogil:
         const char *name
         const fastbn_kernels *const *kernels
         void (*copy)(char *destination, const char *source, int64_t bytes, int stream) noexcept nogil
+        void (*widen)(double *to, const float *from_, int64_t count) noexcept nogil
+        void (*narrow)(float *to, const double *from_, int64_t count) noexcept nogil
+        void (*update)(double *running, const double *batch, double divisor, double momentum,
+                       int64_t count) noexcept nogil
 
     int fastbn_isa_count()
     ctypedef struct fastbn_sizes:
@@ -278,105 +282,108 @@ cdef void carry_out(Job *job) except *:
 
 cdef extern from "numpy/arrayobject.h":
     # `dtype` is taken over: it needs a reference of its own.
-    object PyArray_Zeros(int rank, cnp.npy_intp *shape, cnp.dtype dtype, int fortran)
+    object PyArray_Empty(int rank, cnp.npy_intp *shape, cnp.dtype dtype, int fortran)
 
 
-cdef cnp.ndarray zeros(int64_t channels, cnp.dtype dtype):
+cdef cnp.ndarray new_vector(int64_t channels, cnp.dtype dtype):
     cdef cnp.npy_intp extent = channels
     Py_INCREF(dtype)
-    return PyArray_Zeros(1, &extent, dtype, 0)
+    return PyArray_Empty(1, &extent, dtype, 0)
 
 
 cdef bint is_direct(cnp.ndarray vector):
-    """Whether the loops below can read and write it; NumPy converts the others."""
+    """Whether `read` and `write` can take it; NumPy converts the others."""
     cdef int number = cnp.PyArray_TYPE(vector)
     return (number == cnp.NPY_FLOAT or number == cnp.NPY_DOUBLE) and cnp.PyArray_ISBEHAVED_RO(vector)
 
 
-cdef extern from * nogil:
-    """
-    /* Apart from one another, so that compilers take several values at once. */
-    static void fastbn_widen(double *restrict to, const float *restrict from, int64_t count)
-    {
-        for (int64_t i = 0; i < count; i++) to[i] = from[i];
-    }
-    static void fastbn_narrow(float *restrict to, const double *restrict from, int64_t count)
-    {
-        for (int64_t i = 0; i < count; i++) to[i] = (float)from[i];
-    }
-    """
-    void fastbn_widen(double *to, const float *from_, int64_t count)
-    void fastbn_narrow(float *to, const double *from_, int64_t count)
+cdef void read(const fastbn_isa *isa, double *to, cnp.ndarray vector, int64_t first, int64_t count) noexcept:
+    """Some values of a direct vector as adjacent float64."""
+    cdef int64_t i, stride = cnp.PyArray_STRIDE(vector, 0)
+    cdef const char *place = <const char *>cnp.PyArray_DATA(vector) + first * stride
+    if cnp.PyArray_TYPE(vector) == cnp.NPY_DOUBLE:
+        for i in range(count):
+            to[i] = (<const double *>(place + i * stride))[0]
+    elif stride == sizeof(float):
+        isa.widen(to, <const float *>place, count)
+    else:
+        for i in range(count):
+            to[i] = (<const float *>(place + i * stride))[0]
 
 
-cdef double *load(double *to, cnp.ndarray vector) except NULL:
+cdef void write(const fastbn_isa *isa, cnp.ndarray vector, int64_t first, const double *values,
+                int64_t count) noexcept:
+    """Adjacent float64 into some values of a direct vector, rounded."""
+    cdef int64_t i, stride = cnp.PyArray_STRIDE(vector, 0)
+    cdef char *place = <char *>cnp.PyArray_DATA(vector) + first * stride
+    if cnp.PyArray_TYPE(vector) == cnp.NPY_DOUBLE:
+        for i in range(count):
+            (<double *>(place + i * stride))[0] = values[i]
+    elif stride == sizeof(float):
+        isa.narrow(<float *>place, values, count)
+    else:
+        for i in range(count):
+            (<float *>(place + i * stride))[0] = <float>values[i]
+
+
+cdef double *load(const fastbn_isa *isa, double *to, cnp.ndarray vector) except NULL:
     """Copy a vector to adjacent float64."""
-    cdef int64_t i, stride
-    cdef const char *place
     if not is_direct(vector):
         vector = vector.astype("f8")
-    place = <const char *>cnp.PyArray_DATA(vector)
-    stride = cnp.PyArray_STRIDE(vector, 0)
-    if cnp.PyArray_TYPE(vector) == cnp.NPY_FLOAT:
-        if stride == sizeof(float):
-            fastbn_widen(to, <const float *>place, cnp.PyArray_DIM(vector, 0))
-        else:
-            for i in range(cnp.PyArray_DIM(vector, 0)):
-                to[i] = (<const float *>(place + i * stride))[0]
-    else:
-        for i in range(cnp.PyArray_DIM(vector, 0)):
-            to[i] = (<const double *>(place + i * stride))[0]
+    read(isa, to, vector, 0, cnp.PyArray_DIM(vector, 0))
     return to
 
 
-cdef double *given(double *to, vector, int64_t channels) except? NULL:
+cdef double *given(const fastbn_isa *isa, double *to, vector, int64_t channels) except? NULL:
     """The same of an optional vector. Without one, NULL, and zeros."""
     if vector is None:
         memset(to, 0, channels * sizeof(double))
         return NULL
-    return load(to, vector)
+    return load(isa, to, vector)
 
 
-cdef int store(cnp.ndarray vector, cnp.ndarray values) except -1:
-    """Write float64 to a vector, rounded; to one that is not direct, values of its own dtype."""
-    cdef int64_t i, stride = cnp.PyArray_STRIDE(vector, 0)
-    cdef const double *value = <const double *>cnp.PyArray_DATA(values)
-    cdef char *place = <char *>cnp.PyArray_DATA(vector)
-    if not is_direct(vector):
-        return cnp.PyArray_CopyInto(vector, values)
-    if cnp.PyArray_TYPE(vector) == cnp.NPY_FLOAT:
-        if stride == sizeof(float):
-            fastbn_narrow(<float *>place, value, cnp.PyArray_DIM(vector, 0))
-        else:
-            for i in range(cnp.PyArray_DIM(vector, 0)):
-                (<float *>(place + i * stride))[0] = <float>value[i]
-    else:
-        for i in range(cnp.PyArray_DIM(vector, 0)):
-            (<double *>(place + i * stride))[0] = value[i]
-    return 0
-
-
-cdef cnp.ndarray updated(cnp.ndarray running, const double *batch, double divisor, double momentum):
-    """(1 - momentum) * running + momentum * batch / divisor, as `store` wants it for running."""
-    cdef int64_t i, channels = cnp.PyArray_DIM(running, 0)
-    cdef cnp.ndarray values = zeros(channels, FLOAT64)
-    cdef double *r = load(<double *>cnp.PyArray_DATA(values), running)
-    for i in range(channels):
-        r[i] = (1 - momentum) * r[i] + momentum * (batch[i] / divisor)
-    return values if is_direct(running) else rounded(values, running.dtype)
-
-
-cdef rounded(cnp.ndarray values, dtype):
+cdef rounded(const fastbn_isa *isa, cnp.ndarray values, dtype):
     """The values in this dtype, None for None. What is too large for it becomes Inf, without a warning."""
     if dtype is None:
         return None
-    cdef cnp.ndarray vector = zeros(cnp.PyArray_DIM(values, 0), dtype)
+    cdef int64_t channels = cnp.PyArray_DIM(values, 0)
+    cdef cnp.ndarray vector = new_vector(channels, dtype)
     if is_direct(vector):
-        store(vector, values)
+        write(isa, vector, 0, <const double *>cnp.PyArray_DATA(values), channels)
     else:
         with numpy.errstate(all="ignore"):
             vector[...] = values
     return vector
+
+
+cdef enum:
+    UPDATED_TOGETHER = 256
+
+
+cdef int update(const fastbn_isa *isa, cnp.ndarray running, cnp.ndarray prepared, const double *batch, double divisor,
+                double momentum) except -1:
+    """running = (1 - momentum) * running + momentum * batch / divisor: what was prepared, or of a direct vector."""
+    cdef double values[UPDATED_TOGETHER]
+    cdef int64_t channels = cnp.PyArray_DIM(running, 0), first, count
+    if prepared is not None:
+        return cnp.PyArray_CopyInto(running, prepared)
+    for first in range(0, channels, UPDATED_TOGETHER):
+        count = min(UPDATED_TOGETHER, channels - first)
+        read(isa, values, running, first, count)
+        isa.update(values, batch + first, divisor, momentum, count)
+        write(isa, running, first, values, count)
+    return 0
+
+
+cdef cnp.ndarray prepared_update(const fastbn_isa *isa, cnp.ndarray running, const double *batch, double divisor,
+                                 double momentum):
+    """The same in a new vector, if that can fail: None for a direct one."""
+    if is_direct(running):
+        return None
+    cdef cnp.ndarray values = new_vector(cnp.PyArray_DIM(running, 0), FLOAT64)
+    load(isa, <double *>cnp.PyArray_DATA(values), running)
+    update(isa, values, None, batch, divisor, momentum)
+    return rounded(isa, values, running.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -398,7 +405,11 @@ def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, 
     cdef cnp.npy_intp *extents = [STATISTICS_ROWS, job.channels]
     cdef cnp.ndarray statistics = cnp.PyArray_EMPTY(2, extents, cnp.NPY_DOUBLE, 0), new_mean, new_var
     cdef double *rows = <double *>cnp.PyArray_DATA(statistics)
+    cdef const double *batch_mean = rows + STATISTICS_MEAN * job.channels
+    cdef const double *batch_var = rows + (STATISTICS_M2 if unbiased else STATISTICS_VAR) * job.channels
     cdef int64_t count = job.outer * job.inner
+    cdef double divisor = count - 1 if unbiased else 1
+    cdef const fastbn_isa *table = fastbn_get_isa(isa)
     cdef uint64_t saved = fastbn_enter()
     try:
         job.residual = operand(residual)
@@ -407,8 +418,8 @@ def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, 
         job.activation, job.negative_slope = activation
         if count == 0:
             memset(rows, 0, STATISTICS_ROWS * job.channels * sizeof(double))
-        job.known.gamma = given(rows + STATISTICS_GAMMA * job.channels, gamma, job.channels)
-        job.known.beta = given(rows + STATISTICS_BETA * job.channels, beta, job.channels)
+        job.known.gamma = given(table, rows + STATISTICS_GAMMA * job.channels, gamma, job.channels)
+        job.known.beta = given(table, rows + STATISTICS_BETA * job.channels, beta, job.channels)
         job.known.eps = eps
         job.known.statistics = rows
         job.training = training
@@ -422,21 +433,18 @@ def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, 
             job.reduce = job.kernels.stats[job.planar]
         else:
             memset(rows + STATISTICS_MEAN_LO * job.channels, 0, 2 * job.channels * sizeof(double))  # and M2
-            load(rows + STATISTICS_MEAN * job.channels, running_mean)
-            load(rows + STATISTICS_VAR * job.channels, running_var)
+            load(table, rows + STATISTICS_MEAN * job.channels, running_mean)
+            load(table, rows + STATISTICS_VAR * job.channels, running_var)
         carry_out(&job)
         if training and running_mean is not None and count > 0 and not (finite_only and not all_finite(&job)):
-            new_mean = updated(running_mean, rows + STATISTICS_MEAN * job.channels, 1, momentum)
-            if unbiased:
-                new_var = updated(running_var, rows + STATISTICS_M2 * job.channels, <double>(count - 1), momentum)
-            else:
-                new_var = updated(running_var, rows + STATISTICS_VAR * job.channels, 1, momentum)
+            new_mean = prepared_update(table, running_mean, batch_mean, 1, momentum)
+            new_var = prepared_update(table, running_var, batch_var, divisor, momentum)
             # All that can fail or be interrupted comes before the first of them is written.
             PyErr_CheckSignals()
             if counter is not None:
                 counter += 1
-            store(running_mean, new_mean)
-            store(running_var, new_var)
+            update(table, running_mean, new_mean, batch_mean, 1, momentum)
+            update(table, running_var, new_var, batch_var, divisor, momentum)
     finally:
         fastbn_leave(saved)
     return statistics
@@ -447,7 +455,8 @@ def backward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x,
              gamma_dtype, beta_dtype):
     cdef Job job = new_job(isa, dtype, threads, planar, shape, x)
     cdef double *rows = <double *>cnp.PyArray_DATA(statistics)
-    cdef cnp.ndarray dgamma = zeros(job.channels, FLOAT64), dbeta = zeros(job.channels, FLOAT64)
+    cdef cnp.ndarray dgamma = new_vector(job.channels, FLOAT64), dbeta = new_vector(job.channels, FLOAT64)
+    cdef const fastbn_isa *table = fastbn_get_isa(isa)
     cdef uint64_t saved = fastbn_enter()
     try:
         job.residual = operand(residual)
@@ -463,13 +472,16 @@ def backward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x,
         job.known.dgamma = <double *>cnp.PyArray_DATA(dgamma)
         job.known.dbeta = <double *>cnp.PyArray_DATA(dbeta)
         job.finish = job.kernels.finish_backward
-        if training or job.known.gamma != NULL or job.known.beta != NULL:
+        if job.outer * job.inner > 0 and (training or job.known.gamma != NULL or job.known.beta != NULL):
             job.reduce = job.kernels.backward_stats[job.planar]
+        else:
+            memset(job.known.dgamma, 0, job.channels * sizeof(double))
+            memset(job.known.dbeta, 0, job.channels * sizeof(double))
         job.map = job.kernels.backward_apply[job.planar]
         job.map_beside_reduce = job.kernels.backward_apply_beside_stats
         job.map_adjoining = job.kernels.backward_apply_adjoining
         carry_out(&job)
-        return rounded(dgamma, gamma_dtype), rounded(dbeta, beta_dtype)
+        return rounded(table, dgamma, gamma_dtype), rounded(table, dbeta, beta_dtype)
     finally:
         fastbn_leave(saved)
 

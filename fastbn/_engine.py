@@ -217,7 +217,7 @@ def forward(
         statistics = _core.forward(
             runtime.current_isa(),
             dtype,
-            runtime.choose_threads(threads, x.nbytes),
+            runtime.choose_threads(threads, x.nbytes, view.row_channels),
             planar,
             shape,
             (data, strides),
@@ -360,7 +360,7 @@ def backward(dy: Any, cache: BatchNormCache, out: Array | None, num_threads: int
         dgamma, dbeta = _core.backward(
             runtime.current_isa(),
             cache._dtype,
-            runtime.choose_threads(threads, x.nbytes),
+            runtime.choose_threads(threads, x.nbytes, view.row_channels),
             view.planar,
             view.shape,
             *operands,

@@ -58,6 +58,8 @@ cdef void add_blocks(Job *job, int64_t first, int64_t last) noexcept nogil:
     cdef int64_t plane, channel
     cdef int channels
     cdef double *sums
+    if job.blocks * job.fold * job.positions == 1 and not is_exact(job):
+        return
     for plane in range(2):
         channel = first
         while channel < last:
@@ -84,17 +86,16 @@ cdef void finish_channels(Job *job, int64_t first, int64_t last) noexcept nogil:
     if job.reduce != NULL:
         add_blocks(job, first, last)
     job.finish(&job.known, first, last)
-    if not any_redo(job, first, last):
-        return
-    for channel in range(first, last):
-        if job.known.redo[channel]:
-            # From a float32, a float32 near it is subtracted exactly: constants have no variance.
-            mean = job.known.statistics[STATISTICS_MEAN * job.channels + channel]
-            write_shift(job, channel, mean if is_exact(job) else <float>mean)
+    channel = next_redo(job, first, last)
+    while channel < last:
+        # From a float32, a float32 near it is subtracted exactly: constants have no variance.
+        mean = job.known.statistics[STATISTICS_MEAN * job.channels + channel]
+        write_shift(job, channel, mean if is_exact(job) else <float>mean)
+        channel = next_redo(job, channel + 1, last)
 
 
 cdef void finish_redone(Job *job, int64_t first, int64_t last) noexcept nogil:
-    cdef int64_t channel = first, end
+    cdef int64_t channel = next_redo(job, first, last), end
     cdef fastbn_channels known = job.known
     known.redo = NULL
     while channel < last:
@@ -103,7 +104,7 @@ cdef void finish_redone(Job *job, int64_t first, int64_t last) noexcept nogil:
             end += 1
         add_blocks(job, channel, end)
         job.finish(&known, channel, end)
-        channel = end + 1
+        channel = next_redo(job, end, last)
 
 
 cdef bint all_finite(Job *job) noexcept nogil:

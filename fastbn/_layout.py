@@ -45,6 +45,11 @@ class View(NamedTuple):
     strides: Triple
     dense: bool  # a new array like this one has the same strides
 
+    @property
+    def row_channels(self) -> int:
+        """Channels of a row that they share; 0 if planar, where they share none."""
+        return 0 if self.planar else self.shape[1]
+
 
 def _merged_stride(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> int | None:
     """The one stride which visits these axes in nominal order, None if there is none. Axes of length 1 do not count."""

@@ -13,7 +13,7 @@
 
 from cython.parallel cimport prange, threadid
 from libc.stdlib cimport free
-from libc.string cimport memchr, memset
+from libc.string cimport memchr, memcpy, memset
 from posix.stdlib cimport posix_memalign
 
 
@@ -108,9 +108,10 @@ cdef enum:
     # to even out, few enough to cost nothing.
     UNITS_PER_THREAD = 4
     TASKS_PER_THREAD = 16
-    # Sums that one thread adds while others would still wake up, and how many of them a channel takes besides.
+    # Sums and channels that one thread finishes while others would still wake up; and channels, if the statistics are
+    # given, until another has sent what it knows of them to the core that needs it next.
     SERIAL_SUMS = 3 << 10
-    CHANNEL_SUMS = 4
+    SERIAL_CHANNELS = 8 << 10
     # The map takes shorter runs as one, if they adjoin.
     LONG_RUN_BYTES = 2 << 10
     # Rows of adjoining planes for which spreading their coefficients pays. So few that the kernel does not (MAP_ROWS of
@@ -378,8 +379,14 @@ cdef void run_interleaved(Job *job, fastbn_kernel *kernel, int thread, int64_t b
         row += step
 
 
-cdef bint any_redo(Job *job, int64_t first, int64_t last) noexcept nogil:
-    return memchr(job.known.redo + first, True, last - first) != NULL
+cdef int64_t next_redo(Job *job, int64_t first, int64_t last) noexcept nogil:
+    """The first of some channels whose sums must be made again; `last` if there is none."""
+    cdef const void *found = memchr(job.known.redo + first, True, last - first)
+    return last if found == NULL else <const char *>found - job.known.redo
+
+
+cdef inline bint any_redo(Job *job, int64_t first, int64_t last) noexcept nogil:
+    return next_redo(job, first, last) < last
 
 
 include "_finish.pxi"
@@ -408,7 +415,6 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
     cdef fastbn_channels known
     cdef fastbn_operand values
     cdef int64_t channel, column, k
-    cdef double value
     for k in range(job.fold):
         memset(job.known.x_shift + k * job.across + first * job.positions, 0,
                (last - first) * job.positions * sizeof(double))
@@ -442,12 +448,14 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
             else:
                 job.reduce(&b)
             column += b.columns
-    for channel in range(first, last):
-        value = finite(job.sums[channel * job.positions])
-        if job.dy.data != NULL:
-            job.known.dy_first[channel] = value
-        else:
-            write_shift(job, channel, value)
+    if job.dy.data == NULL:
+        for channel in range(first, last):
+            write_shift(job, channel, finite(job.sums[channel * job.positions]))
+    elif job.positions == 1:
+        memcpy(job.known.dy_first + first, job.sums + first, (last - first) * sizeof(double))
+    else:
+        for channel in range(first, last):
+            job.known.dy_first[channel] = job.sums[channel * job.positions]
 
 
 cdef inline int64_t first_of(Job *job, int64_t group) noexcept nogil:
@@ -857,9 +865,10 @@ cdef int64_t sums_size(Job *job) noexcept nogil:
 
 
 cdef void run_in_phases(Job *job) noexcept nogil:
-    cdef int64_t sums = job.blocks * job.width if job.reduce != NULL else 0
     cdef int64_t units
-    cdef int finishers = 1 if sums + CHANNEL_SUMS * job.channels < SERIAL_SUMS else job.threads
+    cdef bint few = (job.channels < SERIAL_CHANNELS if job.reduce == NULL
+                     else job.blocks * job.width + job.channels < SERIAL_SUMS)
+    cdef int finishers = 1 if few else job.threads
     job.again = False
     job.finished = max(1, min(FASTBN_ALIGNMENT // sizeof(double), ceil_div(job.channels, finishers)))
     units = ceil_div(job.channels, job.finished)

@@ -168,6 +168,11 @@ typedef struct fastbn_isa {
     const fastbn_kernels *const *kernels; /* one a row of dtypes.def */
     /* memcpy, with streaming stores if asked. */
     void (*copy)(char *destination, const char *source, int64_t bytes, int stream);
+    /* Vectors of parameters and statistics: converted, and running = (1 - momentum) * running + momentum * batch /
+     * divisor. */
+    void (*widen)(double *to, const float *from, int64_t count);
+    void (*narrow)(float *to, const double *from, int64_t count);
+    void (*update)(double *running, const double *batch, double divisor, double momentum, int64_t count);
 } fastbn_isa;
 
 /* dispatch.c: the tables. Rows of isa.def that do not belong to this architecture are not counted. */

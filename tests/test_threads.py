@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import _core, runtime
+from fastbn import _core, _layout, runtime
 
 LARGE = 1 << 30  # bytes: no call is too small
 OPENMP = pytest.mark.skipif(not _core.OPENMP, reason="built without OpenMP")
@@ -106,6 +106,21 @@ def test_threads_explicit_number_is_never_capped(machine):
 def test_threads_small_work_uses_fewer(machine, nbytes, threads):
     machine()
     assert runtime.choose_threads(None, nbytes) == threads
+
+
+def test_threads_wide_rows_use_fewer(machine):
+    machine()
+    two = 2 * runtime.BYTES_PER_THREAD
+    assert runtime.choose_threads(None, two, 1) == 1
+    assert runtime.choose_threads(None, two + 2 * 64 * runtime.BYTES_PER_CHANNEL, 64) == 2
+    most = two + 2 * runtime.MANY_CHANNELS * runtime.BYTES_PER_CHANNEL
+    assert runtime.choose_threads(None, most, runtime.MANY_CHANNELS) == 2
+    assert runtime.choose_threads(None, most, 100 * runtime.MANY_CHANNELS) == 2
+
+
+def test_threads_of_rows_that_channels_share():
+    planar, interleaved = (_layout.plan(np.ones((2, 3, 4)), axis).view for axis in (1, 2))
+    assert (planar.row_channels, interleaved.row_channels) == (0, 4)
 
 
 def test_threads_block_and_isa_belong_to_their_python_thread(machine):
