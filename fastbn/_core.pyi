@@ -30,7 +30,7 @@ STATISTICS_M2: Final[int]  # sum of (x - mean)^2
 STATISTICS_VAR: Final[int]  # population variance
 STATISTICS_RSTD: Final[int]  # 1 / sqrt(var + eps), rounded to float64
 STATISTICS_RSTD_LO: Final[int]  # what that rounding has lost
-STATISTICS_GAMMA: Final[int]  # copies of the vectors that forward was given, else 0
+STATISTICS_GAMMA: Final[int]  # copies of the vectors that forward was given
 STATISTICS_BETA: Final[int]
 STATISTICS_ROWS: Final[int]
 
@@ -87,8 +87,10 @@ def forward(
     counter: npt.NDArray[np.int64] | None,
     finite_only: bool,
     finite_first: bool,
+    keep: bool,
 ) -> _Float64Array:
-    """Write y; return the statistics.
+    """Write y; return the statistics: all that backward needs if they are to be kept, else the mean and the variance of
+    a batch.
 
     Training takes them from x, and updates running vectors if there are some: computed in float64 and rounded once,
     both or none, and `counter` with them. `finite_only`: not with statistics that are not finite; `finite_first`: nor

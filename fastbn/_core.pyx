@@ -35,13 +35,17 @@ cdef extern from "fastbn.h" nogil:
         FASTBN_BETA
         FASTBN_ROWS
 
+    ctypedef struct fastbn_vector:
+        const void *data
+        int is_float
+
     ctypedef struct fastbn_channels:
         int64_t channels
         double count, eps
         int statistics_only
         double *statistics
-        const double *gamma
-        const double *beta
+        int keep
+        fastbn_vector mean, var, gamma, beta
         double *dgamma
         double *dbeta
         const double *sums
@@ -334,12 +338,18 @@ cdef double *load(const fastbn_isa *isa, double *to, cnp.ndarray vector) except 
     return to
 
 
-cdef double *given(const fastbn_isa *isa, double *to, vector, int64_t channels) except? NULL:
-    """The same of an optional vector. Without one, NULL, and zeros."""
+cdef int give(const fastbn_isa *isa, fastbn_vector *given, object vector, double *row, bint keep) except -1:
+    """An optional vector as finish reads it: its copy in a row of the statistics, float64 if that is kept."""
     if vector is None:
-        memset(to, 0, channels * sizeof(double))
-        return NULL
-    return load(isa, to, vector)
+        return 0
+    given.data = row
+    given.is_float = (not keep and is_direct(vector) and cnp.PyArray_TYPE(vector) == cnp.NPY_FLOAT
+                      and cnp.PyArray_STRIDE(vector, 0) == sizeof(float))
+    if given.is_float:
+        memcpy(row, cnp.PyArray_DATA(vector), cnp.PyArray_NBYTES(vector))
+    else:
+        load(isa, row, vector)
+    return 0
 
 
 cdef rounded(const fastbn_isa *isa, cnp.ndarray values, dtype):
@@ -400,7 +410,7 @@ def statistics(int isa, int dtype, int threads, bint planar, tuple shape, tuple 
 
 def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, tuple residual, tuple y, mask,
             tuple activation, gamma, beta, running_mean, running_var, double eps, bint training,
-            momentum, bint unbiased, counter, bint finite_only, bint finite_first):
+            momentum, bint unbiased, counter, bint finite_only, bint finite_first, bint keep):
     cdef Job job = new_job(isa, dtype, threads, planar, shape, x)
     cdef cnp.npy_intp *extents = [STATISTICS_ROWS, job.channels]
     cdef cnp.ndarray statistics = cnp.PyArray_EMPTY(2, extents, cnp.NPY_DOUBLE, 0), new_mean, new_var
@@ -418,8 +428,9 @@ def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, 
         job.activation, job.negative_slope = activation
         if count == 0:
             memset(rows, 0, STATISTICS_ROWS * job.channels * sizeof(double))
-        job.known.gamma = given(table, rows + STATISTICS_GAMMA * job.channels, gamma, job.channels)
-        job.known.beta = given(table, rows + STATISTICS_BETA * job.channels, beta, job.channels)
+        give(table, &job.known.gamma, gamma, rows + STATISTICS_GAMMA * job.channels, keep)
+        give(table, &job.known.beta, beta, rows + STATISTICS_BETA * job.channels, keep)
+        job.known.keep = keep
         job.known.eps = eps
         job.known.statistics = rows
         job.training = training
@@ -432,9 +443,8 @@ def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, 
         if training:
             job.reduce = job.kernels.stats[job.planar]
         else:
-            memset(rows + STATISTICS_MEAN_LO * job.channels, 0, 2 * job.channels * sizeof(double))  # and M2
-            load(table, rows + STATISTICS_MEAN * job.channels, running_mean)
-            load(table, rows + STATISTICS_VAR * job.channels, running_var)
+            give(table, &job.known.mean, running_mean, rows + STATISTICS_MEAN * job.channels, keep)
+            give(table, &job.known.var, running_var, rows + STATISTICS_VAR * job.channels, keep)
         carry_out(&job)
         if training and running_mean is not None and count > 0 and not (finite_only and not all_finite(&job)):
             new_mean = prepared_update(table, running_mean, batch_mean, 1, momentum)
@@ -465,14 +475,14 @@ def backward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x,
         job.dresidual = operand(dresidual)
         job.mask = NULL if mask is None else <char *>cnp.PyArray_DATA(mask)
         job.activation, job.negative_slope = activation
-        job.known.gamma = NULL if gamma_dtype is None else rows + STATISTICS_GAMMA * job.channels
-        job.known.beta = NULL if beta_dtype is None else rows + STATISTICS_BETA * job.channels
+        job.known.gamma.data = NULL if gamma_dtype is None else rows + STATISTICS_GAMMA * job.channels
+        job.known.beta.data = NULL if beta_dtype is None else rows + STATISTICS_BETA * job.channels
         job.known.statistics = rows
         job.training = training
         job.known.dgamma = <double *>cnp.PyArray_DATA(dgamma)
         job.known.dbeta = <double *>cnp.PyArray_DATA(dbeta)
         job.finish = job.kernels.finish_backward
-        if job.outer * job.inner > 0 and (training or job.known.gamma != NULL or job.known.beta != NULL):
+        if job.outer * job.inner > 0 and (training or job.known.gamma.data != NULL or job.known.beta.data != NULL):
             job.reduce = job.kernels.backward_stats[job.planar]
         else:
             memset(job.known.dgamma, 0, job.channels * sizeof(double))

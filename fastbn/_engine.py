@@ -236,6 +236,7 @@ def forward(
             counter,
             nan_guard != "propagate",
             finite_first,
+            keep,
         )
     if update and nan_guard == "raise":
         _check.finite_statistics(statistics[_core.STATISTICS_MEAN], statistics[_core.STATISTICS_VAR])

@@ -98,14 +98,22 @@ enum {
     FASTBN_ROWS
 };
 
+/* A value for each channel, adjacent in memory. data is NULL where an optional vector is absent. */
+typedef struct fastbn_vector {
+    const void *data;
+    int is_float; /* or double */
+} fastbn_vector;
+
 /* What finish knows of the channels of a call, and finds: one value for each where nothing else is said. */
 typedef struct fastbn_channels {
     int64_t channels;
     double count; /* values of a channel */
     double eps;
     int statistics_only;
-    double *statistics;         /* FASTBN_ROWS rows */
-    const double *gamma, *beta; /* NULL: 1, 0 */
+    double *statistics; /* FASTBN_ROWS rows: the mean and the variance of a batch, and if `keep`, what backward needs */
+    int keep;
+    fastbn_vector mean, var;   /* if the statistics are given */
+    fastbn_vector gamma, beta; /* absent: 1, 0 */
     double *dgamma, *dbeta;
     /* Planes of sums, `plane` apart, and shifts: of each channel its first of so many columns, which are positions in a
      * plane. No sums: the statistics are given, or no gradients are asked for. */

@@ -137,6 +137,29 @@ INLINE vec_f64 keep_head_f64(vec_f64 v, int n)
     return (vec_f64)((mask_f64)v & head_f64(n));
 }
 
+/* Some lanes of a and b, those of b counted on from a's. */
+#if defined(__clang__)
+#define SHUFFLE_F64(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE_F64(a, b, ...) __builtin_shuffle(a, b, (mask_f64){__VA_ARGS__})
+#endif
+
+/* In each group of 2 * half lanes: the first half of a's plus the second, and then the same of b. */
+INLINE vec_f64 add_halves_f64(vec_f64 a, vec_f64 b, int half)
+{
+#if SIMD_BYTES == 64
+    if (half == 4) return SHUFFLE_F64(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE_F64(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    if (half == 2) return SHUFFLE_F64(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE_F64(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+    return SHUFFLE_F64(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE_F64(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+#elif SIMD_BYTES == 32
+    if (half == 2) return SHUFFLE_F64(a, b, 0, 1, 4, 5) + SHUFFLE_F64(a, b, 2, 3, 6, 7);
+    return SHUFFLE_F64(a, b, 0, 4, 2, 6) + SHUFFLE_F64(a, b, 1, 5, 3, 7);
+#else
+    (void)half;
+    return SHUFFLE_F64(a, b, 0, 2) + SHUFFLE_F64(a, b, 1, 3);
+#endif
+}
+
 /* n known to be a whole vector when compiled */
 #define WHOLE(n, width) (__builtin_constant_p(n) && (n) == (width))
 

@@ -36,7 +36,9 @@ def functions():
 @each_dtype
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_compute_in_full_registers(functions, isa, dtype, kernel):
-    body = functions[f"{kernel}_{CODES[dtype]}_{isa}"]
+    suffix = f"_{CODES[dtype]}_{isa}"
+    body = functions[kernel + suffix]
+    body += "".join(functions[name] for name in set(re.findall(rf"<(\w+{suffix}(?:\.\w+)*)>", body)))  # called by it
     register = REGISTERS[isa]
     # sums are float64 everywhere; y and dx are computed in the dtype
     suffix = "d" if "stats" in kernel or dtype == "float64" else "s"

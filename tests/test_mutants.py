@@ -89,7 +89,7 @@ WITHOUT = re.compile(
     r"[{}();, ]*(else|enum|do|return( \w+|\*this)?|break|pass|nothing)?:?[{}();, ]*"
     r"|\} else \{|(default|case [\w#]+): *(return .*)?|return [\w()]+[({].*|EACH\(\w+, .*\) \{|switch .*"
     r"|[a-zA-Z_#()]+[#\w]*[(),;]*|enum \{?|cdef enum:|cdef .*=.*|cdef [\w ]+\[\w+\]|static (const|inline) .*|INLINE .*"
-    r"|(KNOWN_CASE|AS_KNOWN|VECTORS)\(.*|case usual: \{|vec_f64 e ="
+    r"|__builtin_shuffle.*|(KNOWN_CASE|AS_KNOWN|VECTORS)\(.*|case usual: \{|vec_f64 e ="
     r"|\.\w+ = .*,|[\w.]+\($|extern .*|.*JOIN.*|.*_bits16.*|&?\w+,|A\(select\).*|NUMBER\(.*"
 )
 
