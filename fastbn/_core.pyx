@@ -338,17 +338,21 @@ cdef double *load(const fastbn_isa *isa, double *to, cnp.ndarray vector) except 
     return to
 
 
-cdef int give(const fastbn_isa *isa, fastbn_vector *given, object vector, double *row, bint keep) except -1:
-    """An optional vector as finish reads it: its copy in a row of the statistics, float64 if that is kept."""
+cdef int give(const fastbn_isa *isa, fastbn_vector *given, object vector, double *row, bint keep,
+              bint training) except -1:
+    """An optional vector as finish reads it: its copy in a row of the statistics, float64 if that is kept. In inference
+    it need not be one: y, which may overlap it, is written after all channels have been finished."""
     if vector is None:
         return 0
     given.data = row
     given.is_float = (not keep and is_direct(vector) and cnp.PyArray_TYPE(vector) == cnp.NPY_FLOAT
                       and cnp.PyArray_STRIDE(vector, 0) == sizeof(float))
-    if given.is_float:
+    if not given.is_float:
+        load(isa, row, vector)
+    elif training:
         memcpy(row, cnp.PyArray_DATA(vector), cnp.PyArray_NBYTES(vector))
     else:
-        load(isa, row, vector)
+        given.data = cnp.PyArray_DATA(vector)
     return 0
 
 
@@ -428,8 +432,8 @@ def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, 
         job.activation, job.negative_slope = activation
         if count == 0:
             memset(rows, 0, STATISTICS_ROWS * job.channels * sizeof(double))
-        give(table, &job.known.gamma, gamma, rows + STATISTICS_GAMMA * job.channels, keep)
-        give(table, &job.known.beta, beta, rows + STATISTICS_BETA * job.channels, keep)
+        give(table, &job.known.gamma, gamma, rows + STATISTICS_GAMMA * job.channels, keep, training)
+        give(table, &job.known.beta, beta, rows + STATISTICS_BETA * job.channels, keep, training)
         job.known.keep = keep
         job.known.eps = eps
         job.known.statistics = rows
@@ -443,8 +447,8 @@ def forward(int isa, int dtype, int threads, bint planar, tuple shape, tuple x, 
         if training:
             job.reduce = job.kernels.stats[job.planar]
         else:
-            give(table, &job.known.mean, running_mean, rows + STATISTICS_MEAN * job.channels, keep)
-            give(table, &job.known.var, running_var, rows + STATISTICS_VAR * job.channels, keep)
+            give(table, &job.known.mean, running_mean, rows + STATISTICS_MEAN * job.channels, keep, training)
+            give(table, &job.known.var, running_var, rows + STATISTICS_VAR * job.channels, keep, training)
         carry_out(&job)
         if training and running_mean is not None and count > 0 and not (finite_only and not all_finite(&job)):
             new_mean = prepared_update(table, running_mean, batch_mean, 1, momentum)

@@ -217,7 +217,7 @@ def forward(
         statistics = _core.forward(
             runtime.current_isa(),
             dtype,
-            runtime.choose_threads(threads, x.nbytes, view.row_channels),
+            view.threads(threads, x.nbytes, training),
             planar,
             shape,
             (data, strides),
@@ -361,7 +361,7 @@ def backward(dy: Any, cache: BatchNormCache, out: Array | None, num_threads: int
         dgamma, dbeta = _core.backward(
             runtime.current_isa(),
             cache._dtype,
-            runtime.choose_threads(threads, x.nbytes, view.row_channels),
+            view.threads(threads, x.nbytes, True),
             view.planar,
             view.shape,
             *operands,

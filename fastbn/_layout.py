@@ -45,10 +45,14 @@ class View(NamedTuple):
     strides: Triple
     dense: bool  # a new array like this one has the same strides
 
-    @property
-    def row_channels(self) -> int:
-        """Channels of a row that they share; 0 if planar, where they share none."""
-        return 0 if self.planar else self.shape[1]
+    def threads(self, given: int | None, nbytes: int, sums: bool) -> int:
+        """Threads for one call, with sums or without."""
+        if given is None and nbytes < runtime.BYTES_PER_THREAD:  # as most small calls, before all else
+            return 1
+        channels = self.shape[1]
+        if self.planar:
+            return runtime.choose_threads(given, nbytes, own=channels if sums else 0)
+        return runtime.choose_threads(given, nbytes, shared=channels)
 
 
 def _merged_stride(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> int | None:

@@ -7,8 +7,8 @@ current thread (or asyncio task). The number of threads is decided per call as w
 2. else the first of `threads(n)`, `set_num_threads(n)`, `FASTBN_NUM_THREADS`, `OMP_NUM_THREADS` and
    `min(CPU affinity, cgroup quota rounded up)`. If the limit of OpenMP is lower than its environment explains, somebody
    has lowered it at run time (threadpoolctl, `torch.set_num_threads`): it caps the number. Every thread must have at
-   least `BYTES_PER_THREAD` of x to do, and more where rows are wide, so small work runs on one thread. Inside another
-   OpenMP parallel region the number is 1.
+   least `BYTES_PER_THREAD` of x to do, or what is as much work (`choose_threads`), so small calls run on one thread.
+   Inside another OpenMP parallel region the number is 1.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ __all__ = [
 
 # Below this share of x a thread costs more to start and to wait for than it saves.
 BYTES_PER_THREAD = 64 * 1024
-# And so much more for each channel of a row that threads share, up to so many: what is known of them goes from core to
-# core. Of more channels, what it takes to find that is shared as well.
+# A channel of a thread's own, if its sums are asked for, is as much work besides as so many bytes; as x, at most.
+WORK_OF_CHANNEL = 160
+# Of channels that threads share, what is known of them goes from core to core: for each, up to so many, a thread must
+# have so many bytes more. Of more channels, what it takes to find that is shared as well.
 BYTES_PER_CHANNEL = 48
 MANY_CHANNELS = 4096
 # More threads than any machine has; a request for more is a mistake that could exhaust the process limit of the system.
@@ -228,12 +230,14 @@ def _default_threads() -> tuple[int, str]:
     return preferred, source
 
 
-def choose_threads(num_threads: int | None, nbytes: int, channels: int = 0) -> int:
-    """Threads for one call on `nbytes` of x, whose rows share so many channels; `num_threads` has been checked, and is
-    used as it is."""
+def choose_threads(num_threads: int | None, nbytes: int, own: int = 0, shared: int = 0) -> int:
+    """Threads for one call on `nbytes` of x; `num_threads` has been checked, and is used as it is.
+
+    `own` are channels whose sums a thread makes by itself, `shared` are those of which all threads have some rows."""
     if num_threads is not None:
         return num_threads
-    worthwhile = nbytes // (BYTES_PER_THREAD + BYTES_PER_CHANNEL * min(channels, MANY_CHANNELS))
+    work = nbytes + min(WORK_OF_CHANNEL * own, nbytes)
+    worthwhile = work // (BYTES_PER_THREAD + BYTES_PER_CHANNEL * min(shared, MANY_CHANNELS))
     return 1 if worthwhile < 2 else min(worthwhile, _default_threads()[0])
 
 

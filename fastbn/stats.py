@@ -110,6 +110,6 @@ def batchnorm_stats(x: npt.ArrayLike, *, axis: int = 1, num_threads: int | None 
         return Stats(0, np.zeros(channels), np.zeros(channels))
     values, view = _layout.reduced("x", values, axis)
     rows = np.zeros((_core.STATISTICS_ROWS, channels))
-    threads = runtime.choose_threads(threads, values.nbytes, view.row_channels)
+    threads = view.threads(threads, values.nbytes, True)
     _core.statistics(runtime.current_isa(), dtype, threads, view.planar, view.shape, (values, view.strides), rows)
     return Stats(values.size // channels, rows[_core.STATISTICS_MEAN].copy(), rows[_core.STATISTICS_M2].copy())

@@ -108,19 +108,34 @@ def test_threads_small_work_uses_fewer(machine, nbytes, threads):
     assert runtime.choose_threads(None, nbytes) == threads
 
 
-def test_threads_wide_rows_use_fewer(machine):
+def test_threads_of_shared_channels_need_more(machine):
     machine()
     two = 2 * runtime.BYTES_PER_THREAD
-    assert runtime.choose_threads(None, two, 1) == 1
-    assert runtime.choose_threads(None, two + 2 * 64 * runtime.BYTES_PER_CHANNEL, 64) == 2
+    assert runtime.choose_threads(None, two, shared=1) == 1
+    assert runtime.choose_threads(None, two + 2 * 64 * runtime.BYTES_PER_CHANNEL, shared=64) == 2
     most = two + 2 * runtime.MANY_CHANNELS * runtime.BYTES_PER_CHANNEL
-    assert runtime.choose_threads(None, most, runtime.MANY_CHANNELS) == 2
-    assert runtime.choose_threads(None, most, 100 * runtime.MANY_CHANNELS) == 2
+    assert runtime.choose_threads(None, most - 1, shared=runtime.MANY_CHANNELS) == 1
+    assert runtime.choose_threads(None, most, shared=100 * runtime.MANY_CHANNELS) == 2
 
 
-def test_threads_of_rows_that_channels_share():
-    planar, interleaved = (_layout.plan(np.ones((2, 3, 4)), axis).view for axis in (1, 2))
-    assert (planar.row_channels, interleaved.row_channels) == (0, 4)
+def test_threads_of_own_channels_need_less(machine):
+    machine()
+    two = 2 * runtime.BYTES_PER_THREAD
+    assert runtime.choose_threads(None, two - 64 * runtime.WORK_OF_CHANNEL, own=64) == 2
+    assert runtime.choose_threads(None, two - 64 * runtime.WORK_OF_CHANNEL - 1, own=64) == 1
+
+
+def test_threads_by_layout(machine):
+    machine()
+    planar, interleaved = (_layout.plan(np.ones((2, 64, 64)), axis).view for axis in (1, 2))
+    two = 2 * runtime.BYTES_PER_THREAD
+    less = two - 64 * runtime.WORK_OF_CHANNEL
+    assert [planar.threads(None, less, sums) for sums in (False, True)] == [1, 2]
+    assert planar.threads(None, two, False) == 2
+    more = two + 128 * runtime.BYTES_PER_CHANNEL
+    for sums in (False, True):
+        assert [interleaved.threads(None, nbytes, sums) for nbytes in (more - 1, more)] == [1, 2]
+        assert interleaved.threads(7, 1, sums) == 7
 
 
 def test_threads_block_and_isa_belong_to_their_python_thread(machine):
