@@ -198,6 +198,9 @@ MEASURED_STREAM_BYTES = measured.stream
 cdef int64_t least_streamed = measured.stream
 cdef cnp.dtype FLOAT64 = cnp.PyArray_DescrFromType(cnp.NPY_DOUBLE)
 
+include "_job.pxi"
+include "_blocks.pxi"
+include "_finish.pxi"
 include "_schedule.pxi"
 include "_memory.pxi"
 include "_arguments.pxi"

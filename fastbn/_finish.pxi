@@ -2,6 +2,18 @@
 # Finish: from the sums of the blocks of a channel to its moments, gradients and coefficients. The sums of blocks are
 # added here; what follows from them is in src_c/kernels/finish.inc.
 
+from libc.string cimport memchr, memset
+
+
+cdef int64_t next_redo(Job *job, int64_t first, int64_t last) noexcept nogil:
+    """The first of some channels whose sums must be made again; `last` if there is none."""
+    cdef const void *found = memchr(job.known.redo + first, True, last - first)
+    return last if found == NULL else <const char *>found - job.known.redo
+
+
+cdef inline bint any_redo(Job *job, int64_t first, int64_t last) noexcept nogil:
+    return next_redo(job, first, last) < last
+
 
 cdef inline double finite(double value) noexcept nogil:
     """0 for what is not: a shift, or what a rounding has lost, would turn an infinite sum into NaN."""

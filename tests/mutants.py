@@ -49,7 +49,7 @@ FILES = (
         for name in ("stats", "apply", "backward", "adjoining", "copy", "finish", "dtype", "table")
     ),
     *(f"src_c/{name}" for name in ("simd.h", "half.h", "activations.def", "dispatch.c")),
-    *("fastbn/_schedule.pxi", "fastbn/_finish.pxi"),
+    *(f"fastbn/_{name}.pxi" for name in ("job", "blocks", "finish", "schedule")),
 )
 
 # The subset of `make test`, the tests that notice most first: of each test so many cases, drawn with the seed.

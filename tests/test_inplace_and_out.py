@@ -68,6 +68,26 @@ def test_out_may_be_residual_of_forward_and_backward_still_knows_the_mask(arrays
     assert_same_bits(gradients.dresidual, expected.dresidual)
 
 
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("axis", [1, 3])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_out_may_lie_over_gamma_and_beta(dtype, axis, training, keep, threads):
+    """They are read before anything is written."""
+    x = make_random((5, 70, 6, 70), axis, np.float32, 1)
+    running = {"running_mean": np.linspace(-1, 1, 70, dtype=np.float32), "running_var": np.ones(70, np.float32)}
+    options = {"training": training, "activation": "relu", "num_threads": threads, **running}
+    forward = fastbn.batchnorm_forward if keep else fastbn.batchnorm
+    memory = np.zeros(x.nbytes, np.uint8)
+    for first in (0, x.nbytes // 2, x.nbytes - 2 * 70 * np.dtype(dtype).itemsize):
+        vectors = memory[first:].view(dtype)[: 2 * 70].reshape(2, 70)
+        vectors[:] = [np.linspace(1, 2, 70), np.linspace(-2, 3, 70)]
+        expected = forward(x, *vectors.copy(), axis=axis, **{**options, **{k: v.copy() for k, v in running.items()}})
+        y = forward(x, *vectors, axis=axis, out=memory.view(np.float32).reshape(x.shape), **options)
+        assert_same_bits(*(result[0] if keep else result for result in (y, expected)))
+
+
 def test_out_and_residual_and_x_may_be_one_array(arrays):
     x = arrays[0]
     expected = fastbn.batchnorm(x, GAMMA, BETA, residual=x)

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: MIT
+# A job: what a call asks of the kernels, and how it is cut into blocks, groups and units of work.
+
+cdef struct Array:  # strides in bytes; data is NULL where an optional array is absent
+    char *data
+    int64_t outer, channel, inner
+
+
+cdef struct Job:
+    # what to do
+    const fastbn_kernels *kernels
+    bint planar
+    int64_t outer, channels, inner
+    int64_t positions  # interleaved: adjacent columns of a channel; more than one are the plane of an image
+    int threads
+    int activation
+    double negative_slope
+    bint training
+    bint finite_first  # no map unless all statistics are finite
+    fastbn_finish *finish
+    fastbn_channels known  # what finish is told of the channels, and where it writes
+    fastbn_kernel *reduce  # NULL: the statistics are given
+    fastbn_kernel *map     # NULL: only the statistics are wanted
+    fastbn_pair *map_beside_reduce  # planar: both at once, for different channels
+    # planar: the same for short runs that adjoin, taken as one; `cut` puts them in place of the two
+    fastbn_kernel *map_adjoining
+    fastbn_pair *map_adjoining_beside_reduce
+    # arrays
+    Array x, residual, dy, y, dx, dresidual
+    char *mask
+    # how it is cut: blocks of a channel (planar) or of rows (interleaved), in groups of channels; a unit is one block
+    # of one group
+    int64_t blocks
+    int64_t rows_per_block
+    int64_t segment   # planar: values of a run in a block, at most
+    int64_t segments  # blocks of a run, where it is longer
+    int64_t across    # interleaved: columns of a row of the array, channels * positions
+    int64_t fold      # interleaved: rows taken as one, to fill whole vectors
+    int64_t width     # sums and shifts: fold * across
+    int64_t map_fold, map_width  # the same of map, whose rows may be longer: whole lines of the cache
+    int64_t lead      # columns before the first of these lines, if map's rows begin there: coefficients go on so far
+    int64_t group     # columns (interleaved) or channels (planar) of a group, at most
+    int64_t groups
+    int64_t grain     # planar: groups begin at multiples of so many channels
+    int64_t shares    # parts of all groups that have as many groups each
+    int64_t units
+    int64_t map_rows  # interleaved: map goes over whole rows, so many a unit
+    int64_t map_units
+    int64_t finished  # channels that are finished together, in phases
+    bint by_channel   # planar: all three steps for a group before the next
+    bint staggered    # and the map of a group beside the reduce of the next
+    bint map_asks     # forward without sums: map reads memory, and asks for it ahead
+    bint reduce_asks  # planar: reduce reads what the caches may not have any more, and asks for it ahead
+    bint next_too     # what the reduce of the next group will read is asked for: it is small, and this processor gains
+    # scratch, one allocation
+    char *taken  # tasks of each thread's part that have been taken, a line of the cache each
+    char *waiting  # staggered: the group of a thread that has yet to be mapped, or -1, likewise
+    double *sums
+    bint again        # reduce does only those
+    bint packed       # some array is strided: blocks pass through `packing`
+    char *packing     # a part for each thread
+    int64_t packing_size
+    int64_t stream_bytes  # of all arrays: so large, results are stored past the caches
+    bint stream
+
+
+cdef enum:
+    # Values that a thread packs at once: no block of a channel and no folded row is larger.
+    PACKED_VALUES = FASTBN_PLANAR_BLOCK
+    # Columns of a group where interleaved rows are wide; at most PACKED_VALUES. Fewer where there are few blocks, but
+    # as many as are whole lines of the cache.
+    GROUP_COLUMNS = 1024
+    LEAST_COLUMNS = 128
+    # Values of a plane, at most, that are columns of an interleaved block, and images for each of them, at least; more
+    # where planes are whole vectors.
+    SHORT_PLANE = 200
+    IMAGES_PER_POSITION = 10
+    IMAGES_OF_VECTORS = 16
+    # Columns of a map's row that consists of several rows of the array, at most.
+    MAP_COLUMNS = 8 << 10
+    # Bytes of x in a unit of planar channels, and of an interleaved map. All three steps: with y (or dy and dx) it fits
+    # an L2 cache of a megabyte; from memory a little less pays. One step: long pieces of memory, enough units for all
+    # threads.
+    UNIT_BYTES = 224 << 10
+    LARGE_UNIT_BYTES = 192 << 10
+    PHASE_UNIT_BYTES = 512 << 10
+    # Bytes of rows that are mapped before another thread is awake.
+    LEAST_UNIT_BYTES = 32 << 10
+    # Units that a thread gets on average, at least where they can be cut so small; and ranges of units, at most: enough
+    # to even out, few enough to cost nothing.
+    UNITS_PER_THREAD = 4
+    TASKS_PER_THREAD = 16
+    # Sums and channels that one thread finishes while others would still wake up; and channels, if the statistics are
+    # given, until another has sent what it knows of them to the core that needs it next.
+    SERIAL_SUMS = 3 << 10
+    SERIAL_CHANNELS = 8 << 10
+    # The map takes shorter runs as one, if they adjoin.
+    LONG_RUN_BYTES = 2 << 10
+    # Rows of adjoining planes for which spreading their coefficients pays. So few that the kernel does not (MAP_ROWS of
+    # apply.inc; with a mask it always does) are better mapped plane by plane in the caches; past them, planes of some
+    # vectors are taken that few rows at a time.
+    SPREAD_ROWS = 16
+    UNSPREAD_COLUMNS = 8 * FASTBN_LANES
+    UNSPREAD_ROWS = 3
+    # Values of a plane, a whole number of vectors, that is better mapped by itself in the caches if it has a mask.
+    MASKED_COLUMNS = 4 * FASTBN_LANES
+    # What reduce reads of a group from which on map does not find it in an L2 cache of half a megabyte; and up to which
+    # sums beside forward's map may ask a whole group ahead.
+    STAGGERED_BYTES = 300 << 10
+    # Up to which the next group's x and dy fit such a cache too. Of large arrays, backward's map then asks for them
+    # instead of going beside their sums, on processors where that pays. Of small arrays it does neither.
+    NEXT_BYTES = 500 << 10
+    # Bytes of scratch that are kept for the next call.
+    SPARE_BYTES = 16 << 20
+
+
+cdef inline int64_t ceil_div(int64_t a, int64_t b) noexcept nogil:
+    return (a + b - 1) // b
+
+
+cdef inline int64_t positions_of(bint planar, int64_t outer, int64_t inner) noexcept nogil:
+    """Columns of a channel of an interleaved block. A planar array may be one, too, a row of which is an image: where
+    planes are short and images many, that is faster than to go from plane to plane. Bits depend on it: so it is for the
+    shape to say, and not for the number of channels."""
+    cdef int64_t images = IMAGES_PER_POSITION if inner % FASTBN_LANES else IMAGES_OF_VECTORS
+    return inner if planar and inner <= SHORT_PLANE and outer >= images * inner else 1
+
+
+cdef inline int64_t mask_plane(int64_t outer, int64_t inner, int64_t itemsize) noexcept nogil:
+    """Bits from a plane of the mask to the next: those that a map may take as one adjoin, others begin with a group."""
+    return inner if outer >= SPREAD_ROWS and inner * itemsize < LONG_RUN_BYTES else 8 * fastbn_mask_stride(inner)
+
+
+cdef bint is_dense(Job *job, const Array *array) noexcept nogil:
+    """Whether the planes of neighbouring channels adjoin."""
+    return array.data == NULL or (array.inner == job.kernels.itemsize and array.channel == job.inner * array.inner)
+
+
+cdef bint is_strided(Job *job, const Array *array) noexcept nogil:
+    """Whether rows of the array are not rows of a block: adjacent values."""
+    cdef int64_t size = job.kernels.itemsize
+    if array.data == NULL:
+        return False
+    if job.planar:
+        return job.inner > 1 and array.inner != size
+    return (not is_dense(job, array) if job.positions > 1 else array.channel != size) or (
+        job.fold > 1 and job.outer > 1 and array.outer != job.across * size)
+
+
+cdef int64_t gcd(int64_t a, int64_t b) noexcept nogil:
+    while b:
+        a, b = b, a % b
+    return a
+
+
+cdef inline int64_t aligned(int64_t size) noexcept nogil:
+    return ceil_div(size, FASTBN_ALIGNMENT) * FASTBN_ALIGNMENT
+
+
+cdef inline bint is_aligned(int64_t address) noexcept nogil:
+    return address % FASTBN_ALIGNMENT == 0
+
+
+cdef bint has_whole_lines(Job *job, const Array *array) noexcept nogil:
+    """Whether interleaved rows begin and end with a line of the cache."""
+    return array.data == NULL or is_aligned(<int64_t>array.data | job.fold * array.outer
+                                            | job.width * job.kernels.itemsize)
+
+
+cdef inline bint has_no_gaps(Job *job, const Array *array) noexcept nogil:
+    """Whether interleaved rows adjoin."""
+    return array.data == NULL or array.outer == job.across * job.kernels.itemsize
+
+
+cdef bint align_rows(Job *job, const char *written) noexcept nogil:
+    """Let all rows of an interleaved map be whole lines of the cache in what it writes: if those of the array are not,
+    but adjoin, longer ones that begin where a line does. False if it cannot be; a mask has no address for them."""
+    cdef int64_t row = job.width * job.kernels.itemsize, rows = FASTBN_ALIGNMENT // gcd(row, FASTBN_ALIGNMENT)
+    if (job.mask == NULL and not job.packed and rows * job.fold <= job.outer
+            and (rows == 1 or (row < LONG_RUN_BYTES and rows * job.width <= MAP_COLUMNS))
+            and (job.dresidual.data == NULL or is_aligned(job.dresidual.data - written))
+            and has_no_gaps(job, &job.x) and has_no_gaps(job, &job.residual) and has_no_gaps(job, &job.dy)
+            and has_no_gaps(job, &job.y) and has_no_gaps(job, &job.dx) and has_no_gaps(job, &job.dresidual)):
+        job.map_fold, job.map_width = rows * job.fold, rows * job.width
+        job.lead = (aligned(<int64_t>written) - <int64_t>written) // job.kernels.itemsize
+        return True
+    return has_whole_lines(job, &job.y) and has_whole_lines(job, &job.dx) and has_whole_lines(job, &job.dresidual)
+
+
+cdef int64_t fold_of(bint planar, int64_t columns) noexcept nogil:
+    """Short interleaved rows that make whole vectors together."""
+    return 1 if planar or columns >= FASTBN_FOLD_BELOW else FASTBN_LANES // gcd(columns, FASTBN_LANES)
+
+
+cdef bint balanced(int64_t channels, int threads) noexcept nogil:
+    """Whether whole channels keep all threads busy: at most a quarter of the time lost to the last round."""
+    return 4 * ceil_div(channels, threads) * threads <= 5 * channels
+
+
+cdef bint spreading_pays(Job *job, bint large, bint shared_bytes) noexcept nogil:
+    """Whether map takes planes that adjoin as one row: from memory, for the sake of whole lines of the cache; in the
+    caches, those for which spreading coefficients was measured to cost less than their tails."""
+    if not large and job.outer <= UNSPREAD_ROWS:
+        return False
+    if job.mask != NULL and not shared_bytes:
+        return job.outer >= SPREAD_ROWS and (large or job.inner < MASKED_COLUMNS)
+    if large or shared_bytes or job.inner < UNSPREAD_COLUMNS:
+        return True
+    if job.dy.data == NULL:
+        return job.reduce != NULL
+    return job.reduce == NULL or job.inner % FASTBN_LANES != 0
+
+
+cdef void cut(Job *job) noexcept nogil:
+    """Fix blocks and units. Nothing that cuts a sum depends on anything but the shape."""
+    cdef int64_t rows, values, unit, piece, whole, arrays, all_bytes
+    cdef int64_t run = job.inner * job.kernels.itemsize, total = job.outer * job.channels * run, together
+    cdef bint adjoining, large, one_by_one, shared_bytes
+    cdef const char *written
+    cdef double least_large
+    job.across = job.channels * job.positions
+    job.fold = fold_of(job.planar, job.across)
+    job.width = job.fold * job.across
+    job.packed = (is_strided(job, &job.x) or is_strided(job, &job.residual) or is_strided(job, &job.dy)
+                  or is_strided(job, &job.y) or is_strided(job, &job.dx) or is_strided(job, &job.dresidual))
+    adjoining = (job.planar and not job.packed and run < LONG_RUN_BYTES
+                 and is_dense(job, &job.x) and is_dense(job, &job.residual) and is_dense(job, &job.dy)
+                 and is_dense(job, &job.y) and is_dense(job, &job.dx) and is_dense(job, &job.dresidual))
+    job.segments = 1
+    job.segment = FASTBN_PLANAR_BLOCK
+    piece = min(PHASE_UNIT_BYTES, total // (job.threads * UNITS_PER_THREAD))  # without sums to cut
+    if job.reduce == NULL and not job.packed:
+        job.segment = max(1, piece // job.kernels.itemsize // FASTBN_PLANAR_BLOCK) * FASTBN_PLANAR_BLOCK
+    whole = FASTBN_LANES // gcd(job.inner, FASTBN_LANES)  # so many channels are whole lines of the cache
+    # Planes may have bytes of the mask in common: but not with those of another group.
+    shared_bytes = (job.planar and job.mask != NULL
+                    and mask_plane(job.outer, job.inner, job.kernels.itemsize) % FASTBN_LANES != 0)
+    job.by_channel = (job.planar and job.reduce != NULL and not job.finite_first
+                      and balanced(ceil_div(job.channels, whole) if shared_bytes else job.channels, job.threads))
+    arrays = (1 + (job.residual.data != NULL) + (job.dy.data != NULL) + (job.y.data != NULL) + (job.dx.data != NULL)
+              + (job.dresidual.data != NULL))
+    all_bytes = total * arrays
+    # Too large for the caches together.
+    least_large = job.stream_bytes
+    if job.by_channel:
+        least_large *= <double>measured.stream_by_channel / measured.stream
+    large = all_bytes >= least_large
+    adjoining = adjoining and spreading_pays(job, large, shared_bytes)
+    if job.planar:
+        if job.inner > job.segment:
+            job.segments = ceil_div(job.inner, job.segment)
+        if job.segments > 1 or (job.reduce == NULL and not job.packed):  # without sums, in the order of memory
+            job.rows_per_block = 1
+        else:
+            job.rows_per_block = min(job.outer, max(1, FASTBN_PLANAR_BLOCK // job.inner))
+        job.blocks = job.segments * ceil_div(job.outer, job.rows_per_block)
+        values = job.outer * job.inner if job.by_channel else job.rows_per_block * min(job.inner, job.segment)
+        unit = (LARGE_UNIT_BYTES if large else UNIT_BYTES) if job.by_channel else PHASE_UNIT_BYTES
+        job.group = max(1, min(unit // (values * job.kernels.itemsize), job.channels // job.threads))
+        if adjoining and job.reduce == NULL:
+            rows = max(1, piece // (job.channels * run))
+            if job.dy.data == NULL and job.mask == NULL and job.inner >= UNSPREAD_COLUMNS:
+                rows = min(rows, UNSPREAD_ROWS)
+            else:
+                rows = max(rows, SPREAD_ROWS)
+            job.rows_per_block = min(rows, job.outer)
+            job.blocks = ceil_div(job.outer, job.rows_per_block)
+            job.group = min(max(1, piece // (job.rows_per_block * run)), job.channels)
+        # Whole lines (and bytes), or pairs, which sums take in turns.
+        job.grain = whole if shared_bytes else min(job.group, whole if adjoining else 2)
+        job.group = max(job.group - job.group % job.grain, job.grain)
+        job.groups = ceil_div(job.channels, job.group)
+        job.shares = 1
+        if job.by_channel:  # as many for each thread
+            job.groups = min(ceil_div(job.groups, job.threads) * job.threads, ceil_div(job.channels, job.grain))
+            if job.groups % job.threads == 0:
+                job.shares = job.threads
+    else:
+        rows = job.outer // job.fold
+        job.blocks = ceil_div(rows, FASTBN_INTERLEAVED_BLOCK) + (rows * job.fold < job.outer)
+        job.group = GROUP_COLUMNS if job.fold == 1 else job.width
+        while (job.fold == 1 and job.group > LEAST_COLUMNS
+               and job.blocks * ceil_div(job.width, job.group) < job.threads * UNITS_PER_THREAD):
+            job.group //= 2
+        job.groups = ceil_div(job.width, job.group)
+    job.units = job.map_units = job.groups * job.blocks
+    # Streaming pays where the arrays are large; and where rows consist of whole lines of the cache, or are so long that
+    # the lines at their ends do not matter.
+    written = job.y.data if job.dy.data == NULL else job.dx.data
+    job.stream = (large and written != NULL and written != job.x.data and written != job.residual.data
+                  and written != job.dy.data)
+    job.map_fold, job.map_width, job.lead = job.fold, job.width, 0
+    if job.planar:
+        job.stream = job.stream and (adjoining or run >= LONG_RUN_BYTES)
+    else:
+        job.stream = job.stream and (align_rows(job, written)
+                                     or job.width * job.kernels.itemsize >= LONG_RUN_BYTES)
+        rows = job.outer // job.map_fold
+        piece = max(LEAST_UNIT_BYTES, min(UNIT_BYTES, total // job.threads))
+        job.map_rows = max(1, piece // (job.map_width * job.kernels.itemsize))
+        unit = ceil_div(rows, job.map_rows)
+        if unit > job.threads:  # as many for each thread
+            job.map_rows = ceil_div(rows, ceil_div(unit, job.threads) * job.threads)
+        job.map_units = ceil_div(rows, job.map_rows) + (rows * job.map_fold < job.outer)
+    job.known.coefficient_plane = job.map_width
+    if job.lead > 0:  # by a whole line, as all planes begin with one
+        job.known.coefficient_plane += FASTBN_ALIGNMENT // job.kernels.itemsize
+    job.known.channels, job.known.count = job.channels, <double>(job.outer * job.inner)
+    job.known.plane, job.known.positions, job.known.across = job.width, job.positions, job.across
+    job.known.columns = job.map_width + job.lead
+    if adjoining:
+        job.map, job.map_beside_reduce = job.map_adjoining, job.map_adjoining_beside_reduce
+    one_by_one = job.by_channel and job.map != NULL and not job.packed
+    together = job.group * job.outer * run  # what reduce reads of a group
+    if job.dy.data == NULL:
+        job.staggered = (one_by_one and (large or together >= STAGGERED_BYTES)
+                         and (run >= LONG_RUN_BYTES or (adjoining and job.inner >= FASTBN_LANES)))
+        job.next_too = measured.next_too and job.staggered and together < STAGGERED_BYTES
+    else:
+        job.next_too = measured.next_too and one_by_one and large and 2 * together < NEXT_BYTES
+        job.staggered = (one_by_one and run >= LONG_RUN_BYTES and not job.next_too
+                         and (large or 2 * together >= NEXT_BYTES))
+    job.map_asks = large and job.reduce == NULL and job.dy.data == NULL
+    job.reduce_asks = all_bytes >= measured.ask_ahead
