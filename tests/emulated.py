@@ -49,7 +49,7 @@ def build(entry: Path, folder: Path, machine: str, compiler: str, link: list[str
     setup = runpy.run_path(str(ROOT / "setup.py"))
     isas = setup["isa_rows"](machine)
     common = ["-std=gnu11", *setup["OPTIMIZATION"], *setup["NUMERICS"], "-Wall", "-Wextra", f"-I{SOURCES}"]
-    units = {SOURCES / f"isa_{name}.c": flags for name, flags in isas}
+    units = {SOURCES / f"isa_{name}.c": flags for name, flags in reversed(isas)}  # as in setup.py, the slowest first
     units |= {SOURCES / "dispatch.c": isas[-1][1], entry: isas[-1][1]}
     objects = [str(folder / f"{source.stem}.o") for source in units]
     commands = [
@@ -71,8 +71,14 @@ def main(name: str) -> int:
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         checksums = ROOT / "tests" / "checksums.c"
-        here = build(checksums, Path(temporary, "here"), platform.machine(), "cc", [])
-        there = build(checksums, Path(temporary, "there"), emulator.machine, emulator.compiler, emulator.link)
+        with ThreadPoolExecutor(2) as pool:
+            here, there = pool.map(
+                lambda arguments: build(checksums, *arguments),
+                (
+                    (Path(temporary, "here"), platform.machine(), "cc", []),
+                    (Path(temporary, "there"), emulator.machine, emulator.compiler, emulator.link),
+                ),
+            )
         printed = [
             subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
             for command in ([str(here)], [*emulator.command, str(there)])
