@@ -70,7 +70,7 @@ cdef void add_blocks(Job *job, int64_t first, int64_t last) noexcept nogil:
     cdef int64_t plane, channel
     cdef int channels
     cdef double *sums
-    if job.blocks * job.fold * job.positions == 1 and not is_exact(job):
+    if job.blocks * job.fold * job.positions == 1 and not is_exact(job):  # there is one part, and nothing to add
         return
     for plane in range(2):
         channel = first
