@@ -42,6 +42,12 @@ MEASURED_STREAM_BYTES: Final[int]  # of a call's arrays from which streaming sto
 def isas() -> tuple[tuple[str, bool], ...]:
     """(name, available on this CPU and operating system) of every compiled ISA, best first."""
 
+def processors() -> tuple[tuple[str, bool], ...]:
+    """(name, whether it is this one) of every kind of processor on which sizes and tactics were measured."""
+
+def set_processor(index: int) -> None:
+    """Take those of another kind, but for `stream_bytes`: the same bits, perhaps slower. For tests."""
+
 def dtypes() -> tuple[tuple[str, str], ...]:
     """(code, NumPy name) of every dtype, e.g. ("f32", "float32")."""
 

@@ -71,7 +71,7 @@ cdef extern from "fastbn.h" nogil:
         int activation
         double negative_slope
         int training, stream
-        int ask_ahead, next_too
+        int ask_ahead, next_too, tiled
         int64_t far, rows_ahead, then_row, short_row
 
     ctypedef struct fastbn_copy2d:
@@ -113,10 +113,13 @@ cdef extern from "fastbn.h" nogil:
 
     int fastbn_isa_count()
     ctypedef struct fastbn_sizes:
-        int64_t stream, stream_by_channel, ask_ahead, far, far_beside
-        int next_too
+        const char *processor
+        int64_t stream, stream_by_channel, ask_ahead, far, far_beside, spread_rows
+        int next_too, tiled
 
-    const fastbn_sizes *fastbn_measured_sizes()
+    int fastbn_sizes_count()
+    const fastbn_sizes *fastbn_get_sizes(int index)
+    int fastbn_sizes_here()
     const fastbn_isa *fastbn_get_isa(int index)
     int fastbn_isa_available(int index)
     int fastbn_dtype_count()
@@ -191,7 +194,8 @@ OPENMP = bool(FASTBN_OPENMP)
 DEBUG = bool(FASTBN_IS_DEBUG)
 COMPILER = FASTBN_COMPILER.decode()
 # Asked once: CPUID leaves a virtual machine for its host, which takes microseconds.
-cdef const fastbn_sizes *measured = fastbn_measured_sizes()
+cdef int processor_here = fastbn_sizes_here()
+cdef const fastbn_sizes *measured = fastbn_get_sizes(processor_here)
 
 MEASURED_STREAM_BYTES = measured.stream
 
@@ -209,6 +213,15 @@ include "_arguments.pxi"
 
 def isas():
     return tuple([(fastbn_get_isa(i).name.decode(), bool(fastbn_isa_available(i))) for i in range(fastbn_isa_count())])
+
+
+def processors():
+    return tuple([(fastbn_get_sizes(i).processor.decode(), i == processor_here) for i in range(fastbn_sizes_count())])
+
+
+def set_processor(int index):
+    global measured
+    measured = fastbn_get_sizes(index)
 
 
 def dtypes():

@@ -102,6 +102,8 @@ cdef enum:
     SPREAD_ROWS = 16
     UNSPREAD_COLUMNS = 8 * FASTBN_LANES
     UNSPREAD_ROWS = 3
+    # Bytes of a plane from which on it has few tails: some processors spread for more rows than those, at least.
+    UNSPREAD_BYTES = 384
     # Values of a plane, a whole number of vectors, that is better mapped by itself in the caches if it has a mask.
     MASKED_COLUMNS = 4 * FASTBN_LANES
     # What reduce reads of a group from which on map does not find it in an L2 cache of half a megabyte; and up to which
@@ -204,7 +206,12 @@ cdef bint spreading_pays(Job *job, bint large, bint shared_bytes) noexcept nogil
         return False
     if job.mask != NULL and not shared_bytes:
         return job.outer >= SPREAD_ROWS and (large or job.inner < MASKED_COLUMNS)
-    if large or shared_bytes or job.inner < UNSPREAD_COLUMNS:
+    if large or shared_bytes:
+        return True
+    if (job.dy.data != NULL and job.outer < measured.spread_rows
+            and job.inner * job.kernels.itemsize >= UNSPREAD_BYTES):
+        return False
+    if job.inner < UNSPREAD_COLUMNS:
         return True
     if job.dy.data == NULL:
         return job.reduce != NULL

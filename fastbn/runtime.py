@@ -329,6 +329,7 @@ def config() -> dict[str, str]:
         "openmp": "yes" if _core.OPENMP else "no (every call runs on one thread)",
         "isa": available_isas()[list(_ISA_INDEX.values()).index(current_isa())],
         "isas available": ", ".join(available_isas()),
+        "tuned for": next(name for name, here in _core.processors() if here),
         "threads": f"{count} ({reason})",
         "dtypes": ", ".join(dtypes()),
         "activations": ", ".join(activations()),

@@ -48,37 +48,62 @@ int fastbn_isa_count(void)
     return ISA_COUNT;
 }
 
-const fastbn_sizes *fastbn_measured_sizes(void)
-{
-    enum { MIB = 1 << 20 };
-#if defined(__x86_64__)
-    // Zen 5, and about the same on Zen 3: an L3 cache of 32 MiB for some cores. Asking there costs a fifth of the sums
-    static const fastbn_sizes amd = {.stream = 22 * MIB,
-                                     .stream_by_channel = 22 * MIB / 4 * 3,
-                                     .ask_ahead = 16 * MIB,
-                                     .far = 8192,
-                                     .far_beside = 8192,
-                                     .next_too = 1};
+enum { MIB = 1 << 20, AMD = 0, INTEL_WITH_FP16, OTHERS, PROCESSORS };
+
+static const fastbn_sizes measured[PROCESSORS] = {
+    // Zen 5, and about the same on Zen 3: an L3 cache of 32 MiB for some cores. Asking there costs a fifth of the sums,
+    // and tiles up to a fifth of inference
+    [AMD] = {.processor = "amd",
+             .stream = 26 * MIB,
+             .stream_by_channel = 26 * MIB / 4 * 3,
+             .ask_ahead = 16 * MIB,
+             .far = 8192,
+             .far_beside = 8192,
+             .next_too = 1,
+             .tiled = 0,
+             .spread_rows = 16},
     // Emerald Rapids: hundreds of MiB for many cores, nearly as far away as memory. Asking for the next channels
     // between stores past the caches costs up to a fifth of backward, a tenth of forward; and asking further than this
     // up to a tenth of the sums
-    static const fastbn_sizes intel_with_fp16 = {.stream = 48 * MIB,
-                                                 .stream_by_channel = 48 * MIB,
-                                                 .ask_ahead = 2 * MIB,
-                                                 .far = 4096,
-                                                 .far_beside = 2048,
-                                                 .next_too = 0};
-    if (__builtin_cpu_is("amd")) return &amd;
-    if (__builtin_cpu_is("intel") && cpu_supports_avx512fp16()) return &intel_with_fp16;
-#endif
+    [INTEL_WITH_FP16] = {.processor = "intel with fp16",
+                         .stream = 48 * MIB,
+                         .stream_by_channel = 48 * MIB,
+                         .ask_ahead = 2 * MIB,
+                         .far = 4096,
+                         .far_beside = 2048,
+                         .next_too = 0,
+                         .tiled = 1,
+                         .spread_rows = 0},
     // an older Xeon: y of 32 MiB channel by channel, 42 MiB otherwise; when to ask, and what for, is assumed
-    static const fastbn_sizes others = {.stream = 84 * MIB,
-                                        .stream_by_channel = 84 * MIB / 4 * 3,
-                                        .ask_ahead = 16 * MIB,
-                                        .far = 8192,
-                                        .far_beside = 8192,
-                                        .next_too = 1};
-    return &others;
+    [OTHERS] = {.processor = "other",
+                .stream = 84 * MIB,
+                .stream_by_channel = 84 * MIB / 4 * 3,
+                .ask_ahead = 16 * MIB,
+                .far = 8192,
+                .far_beside = 8192,
+                .next_too = 1,
+                .tiled = 1,
+                .spread_rows = 0},
+};
+
+int fastbn_sizes_count(void)
+{
+    return PROCESSORS;
+}
+
+const fastbn_sizes *fastbn_get_sizes(int index)
+{
+    assert(0 <= index && index < PROCESSORS);
+    return &measured[index];
+}
+
+int fastbn_sizes_here(void)
+{
+#if defined(__x86_64__)
+    if (__builtin_cpu_is("amd")) return AMD;
+    if (__builtin_cpu_is("intel") && cpu_supports_avx512fp16()) return INTEL_WITH_FP16;
+#endif
+    return OTHERS;
 }
 
 const fastbn_isa *fastbn_get_isa(int index)

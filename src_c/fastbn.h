@@ -78,6 +78,7 @@ typedef struct fastbn_block {
     int ask_ahead; /* apply, and planar sums but for those beside a map's rows: x (dy) comes from afar, ask ahead */
     /* planar: backward_apply, and sums beside an apply, ask for the same rows of as many channels that follow */
     int next_too;
+    int tiled;   /* apply, interleaved, past the caches: tiles of columns go down some rows before the next */
     int64_t far; /* bytes that apply and forward's planar sums ask ahead */
     /* Planar sums ask for what is read next: so many rows from the first of this block on, then those of the next
      * channels, from then_row on, counted from the same row. If all channels of a row are no more bytes than short_row,
@@ -188,16 +189,21 @@ int fastbn_isa_count(void);
 const fastbn_isa *fastbn_get_isa(int index);
 int fastbn_isa_available(int index); /* on this CPU and operating system */
 
-/* What pays on this processor, as measured on its kind: sizes are bytes of all arrays of a call together, from which
+/* What pays on a kind of processor, as measured on one: sizes are bytes of all arrays of a call together, from which
  * on. */
 typedef struct fastbn_sizes {
+    const char *processor;
     int64_t stream;            /* stores past the caches, with somebody who reads y next */
     int64_t stream_by_channel; /* the same where channels are taken one after the other, in short pieces of memory */
     int64_t ask_ahead;         /* fastbn_block.ask_ahead of planar sums */
     int64_t far, far_beside;   /* fastbn_block.far and short_row; far of forward's sums beside a map */
     int next_too;              /* whether fastbn_block.next_too does, where stores go past the caches */
+    int tiled;                 /* whether fastbn_block.tiled does */
+    int64_t spread_rows;       /* rows of adjoining planes that backward's map takes as one, in the caches */
 } fastbn_sizes;
-const fastbn_sizes *fastbn_measured_sizes(void);
+int fastbn_sizes_count(void);
+const fastbn_sizes *fastbn_get_sizes(int index);
+int fastbn_sizes_here(void); /* those of this processor */
 
 int fastbn_dtype_count(void);
 const char *fastbn_dtype_code(int index);

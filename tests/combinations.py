@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 import fastbn
+from fastbn import _core
 from problems import MEMORY_ORDERS, dtype_of, make_parameters, make_random, shape_id
 
 ISAS = fastbn.runtime.available_isas()
 DTYPES = [dtype_of(name) for name in fastbn.runtime.dtypes()]
 ACTIVATIONS = fastbn.runtime.activations()
 THREADS = (1, 2, 3, 5, 8)
+PROCESSORS = [name for name, _ in _core.processors()]
 
 # `make test-long` asks for more of the tests that draw their cases.
 LONG = os.environ.get("FASTBN_TEST_LONG", "0") not in ("", "0")
@@ -52,6 +54,17 @@ def streaming(everything: bool) -> Iterator[None]:
         yield
     finally:
         fastbn.memory.set_stream_bytes(before)
+
+
+@contextmanager
+def tuned_for(processor: str) -> Iterator[None]:
+    """The tactics of a kind of processor, which this one need not be."""
+    before = [here for _, here in _core.processors()].index(True)
+    _core.set_processor(PROCESSORS.index(processor))
+    try:
+        yield
+    finally:
+        _core.set_processor(before)
 
 
 def each_shape(shapes: Any) -> Any:

@@ -15,6 +15,7 @@ from combinations import (
     DTYPES,
     ISAS,
     LONG,
+    PROCESSORS,
     THREADS,
     Problem,
     each_activation_and_shape,
@@ -26,6 +27,7 @@ from combinations import (
     make_problem,
     run,
     streaming,
+    tuned_for,
     with_or_without_residual,
 )
 from problems import HOSTILE, MEMORY_ORDERS, SHAPES, assert_same_bits, finfo, make_hostile
@@ -174,12 +176,14 @@ def test_bits_of_streamed_output(isa, dtype, threads, axis, shape):
     x, dy = (np.concatenate([array] * copies) for array in (problem.x, problem.dy))
     moments = {"running_mean": np.linspace(-1, 1, x.shape[axis]), "running_var": np.linspace(1, 2, x.shape[axis])}
     row = x.itemsize * (shape[-1] if axis == -1 else shape[1] * shape[2])
-    # On a line, where a mask allows streaming; off it; where the second row of dx begins on one, but not of dresidual.
-    for offset in (0, x.itemsize, -row % 64):
+    # On a line, where a mask allows streaming, and tiles; off it; where the second row of dx begins on one, but not of
+    # dresidual.
+    on_a_line = [(processor, 0) for processor in PROCESSORS]
+    for processor, offset in [*on_a_line, (PROCESSORS[0], x.itemsize), (PROCESSORS[0], -row % 64)]:
         room = np.empty(x.nbytes + 128, np.uint8)
         start = -room.ctypes.data % 64 + offset
         out = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
-        with fastbn.runtime.isa(isa), fastbn.threads(threads), streaming(True):
+        with fastbn.runtime.isa(isa), fastbn.threads(threads), streaming(True), tuned_for(processor):
             for residual, activation in ((None, "relu"), (dy, "relu"), (dy, "identity")):
                 options = {"axis": axis, "activation": activation}
                 _, cache = fastbn.batchnorm_forward(x, residual=residual, out=out, **options)
@@ -217,10 +221,11 @@ def test_bits_of_large_arrays(isa, dtype, threads, shape, with_residual):
     for activation in ("relu", "identity"):
         with streaming(False):
             expected = run(problem, activation, ISAS[-1], 1)
-        with streaming(True):
-            results = run(problem, activation, isa, threads)
-        for name, value in results.items():
-            assert_same_bits(value, expected[name])
+        for processor in PROCESSORS:
+            with streaming(True), tuned_for(processor):
+                results = run(problem, activation, isa, threads)
+            for name, value in results.items():
+                assert_same_bits(value, expected[name])
 
 
 @each_dtype
@@ -299,7 +304,7 @@ def test_bits_do_not_depend_on_flush_to_zero(flush_to_zero, order, threads):
 @pytest.mark.parametrize("seed", range(10_000 if LONG else 500))
 def test_bits_of_a_drawn_call(request, seed):
     """Everything at once that must not matter: threads, ISA, where each array begins, who gives the memory of the
-    result, stores past the caches, flush-to-zero, a second time; against the plainest call."""
+    result, stores past the caches, tactics, flush-to-zero, a second time; against the plainest call."""
     rng = np.random.default_rng(seed)
     rank = int(rng.integers(2, 5))
     shape = tuple(rng.choice([1, 2, 3, 5, 8, 16, 17, 40, 67][: 11 - rank], rank).tolist())
@@ -322,9 +327,9 @@ def test_bits_of_a_drawn_call(request, seed):
     out = placed(expected["y"], int(rng.integers(64 // dtype.itemsize)) * dtype.itemsize) if rng.integers(2) else None
     flush = request.getfixturevalue("flush_to_zero") if seed % 2 else nullcontext
     isa, threads = str(rng.choice(ISAS)), int(rng.choice([1, 2, 3, 4, 7, 8, 16]))
-    stream = bool(rng.integers(2))
+    stream, processor = bool(rng.integers(2)), str(rng.choice(PROCESSORS))
     for _ in range(2):
-        with flush(), streaming(stream):
+        with flush(), streaming(stream), tuned_for(processor):
             results = run(problem._replace(**moved), activation, isa, threads, out=out)
         for name, value in results.items():
             assert_same_bits(value, expected[name])
