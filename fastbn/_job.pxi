@@ -49,7 +49,7 @@ cdef struct Job:
     int64_t finished  # channels that are finished together, in phases
     bint by_channel   # planar: all three steps for a group before the next
     bint staggered    # and the map of a group beside the reduce of the next
-    bint map_asks     # forward without sums: map reads memory, and asks for it ahead
+    bint map_asks     # forward's map reads memory, and asks for it ahead
     bint reduce_asks  # planar: reduce reads what the caches may not have any more, and asks for it ahead
     bint next_too     # what the reduce of the next group will read is asked for: it is small, and this processor gains
     # scratch, one allocation
@@ -327,5 +327,7 @@ cdef void cut(Job *job) noexcept nogil:
         job.next_too = measured.next_too and one_by_one and large and 2 * together < NEXT_BYTES
         job.staggered = (one_by_one and run >= LONG_RUN_BYTES and not job.next_too
                          and (large or 2 * together >= NEXT_BYTES))
-    job.map_asks = large and job.reduce == NULL and job.dy.data == NULL
+    # Where stores go past the caches row by row, they hold up the reading of x also after sums.
+    job.map_asks = (large and job.dy.data == NULL
+                    and (job.reduce == NULL or (not job.planar and not measured.tiled)))
     job.reduce_asks = all_bytes >= measured.ask_ahead
