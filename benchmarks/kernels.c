@@ -51,7 +51,7 @@ static fastbn_block block(shape s, int activation)
                       .coefficient_plane = plane,
                       .training = 1};
     b.rows_ahead = s.rows;
-    b.far = b.short_row = fastbn_measured_sizes()->far;
+    b.far = b.short_row = fastbn_get_sizes(fastbn_sizes_here())->far;
     b.activation = activation;
     b.x = operand(s, 1);
     b.dy = operand(s, 1);
