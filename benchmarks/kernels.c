@@ -97,7 +97,9 @@ int main(void)
         for (int activation = 0; activation < 2; activation++) {
             for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
                 const shape s = shapes[i];
-                const fastbn_block b = block(s, activation), next = block(s, activation);
+                fastbn_block b = block(s, activation);
+                const fastbn_block next = block(s, activation);
+                b.in_order = fastbn_get_sizes(fastbn_sizes_here())->in_order && k->picks_cheaply;
                 fastbn_kernel *const alone[] = {k->stats[s.planar], k->apply[s.planar], k->backward_stats[s.planar],
                                                 k->backward_apply[s.planar]};
                 fastbn_kernel *const adjoining[] = {k->apply_adjoining, k->backward_apply_adjoining};

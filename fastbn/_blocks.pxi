@@ -52,6 +52,7 @@ cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t
     b.ask_ahead = job.map_asks if mapping else job.reduce_asks
     b.far = b.short_row = measured.far
     b.next_too = mapping and job.next_too
+    b.in_order = job.in_order
     b.tiled = measured.tiled
     b.plane = job.width
     b.coefficient_plane = job.known.coefficient_plane

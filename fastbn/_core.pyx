@@ -21,6 +21,7 @@ cdef extern from "fastbn.h" nogil:
         FASTBN_PLANAR_BLOCK
         FASTBN_INTERLEAVED_BLOCK
         FASTBN_FOLD_BELOW
+        FASTBN_MOST_NUMBERED
         FASTBN_ALIGNMENT
         FASTBN_PLANES
 
@@ -71,7 +72,7 @@ cdef extern from "fastbn.h" nogil:
         int activation
         double negative_slope
         int training, stream
-        int ask_ahead, next_too, tiled
+        int ask_ahead, next_too, in_order, tiled
         int64_t far, rows_ahead, then_row, short_row
 
     ctypedef struct fastbn_copy2d:
@@ -87,6 +88,7 @@ cdef extern from "fastbn.h" nogil:
 
     ctypedef struct fastbn_kernels:
         int64_t itemsize, coefficient_size, sums
+        int picks, picks_cheaply
         fastbn_kernel *stats[2]
         fastbn_kernel *apply[2]
         fastbn_kernel *backward_stats[2]
@@ -114,8 +116,8 @@ cdef extern from "fastbn.h" nogil:
     int fastbn_isa_count()
     ctypedef struct fastbn_sizes:
         const char *processor
-        int64_t stream, stream_by_channel, ask_ahead, far, far_beside, spread_rows
-        int next_too, tiled
+        int64_t stream, stream_by_channel, ask_ahead, far, far_beside
+        int next_too, tiled, in_order
 
     int fastbn_sizes_count()
     const fastbn_sizes *fastbn_get_sizes(int index)

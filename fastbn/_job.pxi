@@ -49,6 +49,7 @@ cdef struct Job:
     int64_t finished  # channels that are finished together, in phases
     bint by_channel   # planar: all three steps for a group before the next
     bint staggered    # and the map of a group beside the reduce of the next
+    bint in_order     # planar, adjoining: map goes row by row, with coefficients picked for each vector
     bint map_asks     # forward's map reads memory, and asks for it ahead
     bint reduce_asks  # planar: reduce reads what the caches may not have any more, and asks for it ahead
     bint next_too     # what the reduce of the next group will read is asked for: it is small, and this processor gains
@@ -96,14 +97,14 @@ cdef enum:
     SERIAL_CHANNELS = 8 << 10
     # The map takes shorter runs as one, if they adjoin.
     LONG_RUN_BYTES = 2 << 10
-    # Rows of adjoining planes for which spreading their coefficients pays. So few that the kernel does not (MAP_ROWS of
-    # apply.inc; with a mask it always does) are better mapped plane by plane in the caches; past them, planes of some
-    # vectors are taken that few rows at a time.
+    # Rows of adjoining planes for which spreading their coefficients pays, if they are not taken in order; and rows for
+    # which it does not.
     SPREAD_ROWS = 16
-    UNSPREAD_COLUMNS = 8 * FASTBN_LANES
     UNSPREAD_ROWS = 3
-    # Bytes of a plane from which on it has few tails: some processors spread for more rows than those, at least.
-    UNSPREAD_BYTES = 384
+    # Vectors that a map in order has numbers for, at most, where the L1 cache holds more arrays besides.
+    BACKWARD_NUMBERED = 320
+    # Values of a plane that inference, in the caches, takes by itself.
+    UNSPREAD_COLUMNS = 8 * FASTBN_LANES
     # Values of a plane, a whole number of vectors, that is better mapped by itself in the caches if it has a mask.
     MASKED_COLUMNS = 4 * FASTBN_LANES
     # What reduce reads of a group from which on map does not find it in an L2 cache of half a megabyte; and up to which
@@ -199,17 +200,24 @@ cdef bint balanced(int64_t channels, int threads) noexcept nogil:
     return 4 * ceil_div(channels, threads) * threads <= 5 * channels
 
 
-cdef bint spreading_pays(Job *job, bint large, bint shared_bytes) noexcept nogil:
+cdef bint takes_in_order(Job *job) noexcept nogil:
+    """Whether the map of planes that adjoin picks coefficients for each vector, in the order of memory. Where rows are
+    many, spreading is dear only for planes that the caches hold, and not of half precision."""
+    cdef int64_t numbered = job.inner // gcd(job.inner, FASTBN_LANES)
+    return (job.kernels.picks and job.mask == NULL and job.dresidual.data == NULL and job.inner >= FASTBN_LANES
+            and numbered <= (FASTBN_MOST_NUMBERED if job.dy.data == NULL else BACKWARD_NUMBERED)
+            and (job.reduce == NULL or job.outer <= UNSPREAD_ROWS
+                 or (measured.in_order and job.kernels.picks_cheaply)))
+
+
+cdef bint adjoining_pays(Job *job, bint large, bint shared_bytes) noexcept nogil:
     """Whether map takes planes that adjoin as one row: from memory, for the sake of whole lines of the cache; in the
-    caches, those for which spreading coefficients was measured to cost less than their tails."""
-    if not large and job.outer <= UNSPREAD_ROWS:
-        return False
+    caches, those for which their coefficients were measured to cost less than their tails."""
     if job.mask != NULL and not shared_bytes:
         return job.outer >= SPREAD_ROWS and (large or job.inner < MASKED_COLUMNS)
     if large or shared_bytes:
         return True
-    if (job.dy.data != NULL and job.outer < measured.spread_rows
-            and job.inner * job.kernels.itemsize >= UNSPREAD_BYTES):
+    if job.outer <= UNSPREAD_ROWS and not job.in_order:
         return False
     if job.inner < UNSPREAD_COLUMNS:
         return True
@@ -252,7 +260,8 @@ cdef void cut(Job *job) noexcept nogil:
     if job.by_channel:
         least_large *= <double>measured.stream_by_channel / measured.stream
     large = all_bytes >= least_large
-    adjoining = adjoining and spreading_pays(job, large, shared_bytes)
+    job.in_order = takes_in_order(job)
+    adjoining = adjoining and adjoining_pays(job, large, shared_bytes)
     if job.planar:
         if job.inner > job.segment:
             job.segments = ceil_div(job.inner, job.segment)
@@ -266,9 +275,7 @@ cdef void cut(Job *job) noexcept nogil:
         job.group = max(1, min(unit // (values * job.kernels.itemsize), job.channels // job.threads))
         if adjoining and job.reduce == NULL:
             rows = max(1, piece // (job.channels * run))
-            if job.dy.data == NULL and job.mask == NULL and job.inner >= UNSPREAD_COLUMNS:
-                rows = min(rows, UNSPREAD_ROWS)
-            else:
+            if not job.in_order:
                 rows = max(rows, SPREAD_ROWS)
             job.rows_per_block = min(rows, job.outer)
             job.blocks = ceil_div(job.outer, job.rows_per_block)
@@ -327,6 +334,8 @@ cdef void cut(Job *job) noexcept nogil:
         job.next_too = measured.next_too and one_by_one and large and 2 * together < NEXT_BYTES
         job.staggered = (one_by_one and run >= LONG_RUN_BYTES and not job.next_too
                          and (large or 2 * together >= NEXT_BYTES))
+    # Few rows are not worth turns with sums.
+    job.in_order = job.in_order and (not job.staggered or job.outer <= UNSPREAD_ROWS)
     # Where stores go past the caches row by row, they hold up the reading of x also after sums.
     job.map_asks = (large and job.dy.data == NULL
                     and (job.reduce == NULL or (not job.planar and not measured.tiled)))

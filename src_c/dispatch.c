@@ -61,7 +61,7 @@ static const fastbn_sizes measured[PROCESSORS] = {
              .far_beside = 8192,
              .next_too = 1,
              .tiled = 0,
-             .spread_rows = 16},
+             .in_order = 1},
     // Emerald Rapids: hundreds of MiB for many cores, nearly as far away as memory. Asking for the next channels
     // between stores past the caches costs up to a fifth of backward, a tenth of forward; and asking further than this
     // up to a tenth of the sums
@@ -73,7 +73,7 @@ static const fastbn_sizes measured[PROCESSORS] = {
                          .far_beside = 2048,
                          .next_too = 0,
                          .tiled = 1,
-                         .spread_rows = 0},
+                         .in_order = 0},
     // an older Xeon: y of 32 MiB channel by channel, 42 MiB otherwise; when to ask, and what for, is assumed
     [OTHERS] = {.processor = "other",
                 .stream = 84 * MIB,
@@ -83,7 +83,7 @@ static const fastbn_sizes measured[PROCESSORS] = {
                 .far_beside = 8192,
                 .next_too = 1,
                 .tiled = 1,
-                .spread_rows = 0},
+                .in_order = 0},
 };
 
 int fastbn_sizes_count(void)

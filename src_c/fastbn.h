@@ -25,6 +25,9 @@ enum {
 /* Alignment of our own buffers: a cache line, and the widest register. */
 enum { FASTBN_ALIGNMENT = 64 };
 
+/* Vectors whose lanes a map of adjoining planes in the order of memory has numbers for: they fit an L1 cache. */
+enum { FASTBN_MOST_NUMBERED = 512 };
+
 /* Channels that finish takes at once. */
 enum { FASTBN_AT_ONCE = 64 };
 
@@ -78,8 +81,9 @@ typedef struct fastbn_block {
     int ask_ahead; /* apply, and planar sums but for those beside a map's rows: x (dy) comes from afar, ask ahead */
     /* planar: backward_apply, and sums beside an apply, ask for the same rows of as many channels that follow */
     int next_too;
-    int tiled;   /* apply, interleaved, past the caches: tiles of columns go down some rows before the next */
-    int64_t far; /* bytes that apply and forward's planar sums ask ahead */
+    int in_order; /* adjoining planes, no mask: row by row, with coefficients picked for each vector, not spread */
+    int tiled;    /* apply, interleaved, past the caches: tiles of columns go down some rows before the next */
+    int64_t far;  /* bytes that apply and forward's planar sums ask ahead */
     /* Planar sums ask for what is read next: so many rows from the first of this block on, then those of the next
      * channels, from then_row on, counted from the same row. If all channels of a row are no more bytes than short_row,
      * the same place in the rows that are next. */
@@ -149,6 +153,8 @@ typedef struct fastbn_kernels {
     /* Planes of sums: the two, and of float64 values what the additions to them have lost: they have no bits to spare
      * for roundings. */
     int64_t sums;
+    int picks;         /* whether coefficients are picked for a vector by one instruction: fastbn_block.in_order */
+    int picks_cheaply; /* and in fewer than it takes to spread them, in the caches */
     fastbn_kernel *stats[2];          /* sums of d and d^2, d = x - x_shift;  [0] interleaved, [1] planar */
     fastbn_kernel *apply[2];          /* y (and mask) from x, residual, coefficients */
     fastbn_kernel *backward_stats[2]; /* sums of g and g*d, d = x - x_shift */
@@ -199,7 +205,7 @@ typedef struct fastbn_sizes {
     int64_t far, far_beside;   /* fastbn_block.far and short_row; far of forward's sums beside a map */
     int next_too;              /* whether fastbn_block.next_too does, where stores go past the caches */
     int tiled;                 /* whether fastbn_block.tiled does */
-    int64_t spread_rows;       /* rows of adjoining planes that backward's map takes as one, in the caches */
+    int in_order;              /* whether fastbn_block.in_order does in training, in the caches */
 } fastbn_sizes;
 int fastbn_sizes_count(void);
 const fastbn_sizes *fastbn_get_sizes(int index);

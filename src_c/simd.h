@@ -160,6 +160,31 @@ INLINE vec_f64 add_halves_f64(vec_f64 a, vec_f64 b, int half)
 #endif
 }
 
+/* lane k is lane index[k] of v */
+INLINE vec_f32 pick_f32(vec_f32 v, mask_f32 index)
+{
+#if defined(__AVX512F__)
+    return (vec_f32)_mm512_permutexvar_ps((__m512i)index, (__m512)v);
+#elif defined(__AVX2__)
+    return (vec_f32)_mm256_permutevar8x32_ps((__m256)v, (__m256i)index);
+#else
+    vec_f32 picked;
+    EACH(k, WIDTH_f32) picked[k] = v[index[k]];
+    return picked;
+#endif
+}
+
+INLINE vec_f64 pick_f64(vec_f64 v, mask_f64 index)
+{
+#if defined(__AVX512F__)
+    return (vec_f64)_mm512_permutexvar_pd((__m512i)index, (__m512d)v);
+#else
+    vec_f64 picked;
+    EACH(k, WIDTH_f64) picked[k] = v[index[k]];
+    return picked;
+#endif
+}
+
 /* n known to be a whole vector when compiled */
 #define WHOLE(n, width) (__builtin_constant_p(n) && (n) == (width))
 

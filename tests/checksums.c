@@ -218,12 +218,18 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
         h[BESIDE] = hash(hash(h[BESIDE], y, count, f), sums, k->sums * per_channel, wide);
         for (int with_mask = masked; with_mask >= 0; with_mask--) {
             if (!with_mask) b.mask = (fastbn_operand){0};
+            const int both_orders = !with_mask && FASTBN_LANES <= width && width <= FASTBN_MOST_NUMBERED;
+            for (b.in_order = 0; b.in_order <= both_orders; b.in_order++) {
+                memset(mask, 0, masks);
+                k->apply_adjoining(&b);
+                h[ADJOINING] = hash(hash(h[ADJOINING], y, count, f), mask, masks, (format){1, 7, 0});
+                if (b.in_order && with_residual) continue;
+                k->backward_apply_adjoining(&b);
+                h[BACKWARD_ADJOINING] = hash(h[BACKWARD_ADJOINING], dx, count, f);
+                if (with_residual) h[BACKWARD_ADJOINING] = hash(h[BACKWARD_ADJOINING], dresidual, count, f);
+            }
+            b.in_order = 0;
             memset(mask, 0, masks);
-            k->apply_adjoining(&b);
-            h[ADJOINING] = hash(hash(h[ADJOINING], y, count, f), mask, masks, (format){1, 7, 0});
-            k->backward_apply_adjoining(&b);
-            h[BACKWARD_ADJOINING] = hash(h[BACKWARD_ADJOINING], dx, count, f);
-            if (with_residual) h[BACKWARD_ADJOINING] = hash(h[BACKWARD_ADJOINING], dresidual, count, f);
             if (width >= FASTBN_LANES) {
                 k->apply_adjoining_beside_stats(&b, &other);
                 h[ADJOINING_BESIDE] = hash(hash(h[ADJOINING_BESIDE], y, count, f), sums, k->sums * per_channel, wide);
