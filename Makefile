@@ -92,7 +92,7 @@ test-cuda: $(VENV)/.test  ## all of that runs on a GPU, on one (needs an NVIDIA 
 
 bench-cuda: $(VENV)/.bench  ## fastbn, PyTorch and the copy speed on a GPU (needs PyTorch with CUDA); docs/cuda.md
 	$(PIP) install "$(WHEEL)[cuda]"
-	$(BIN)/python benchmarks/cuda.py --output benchmarks/results/cuda.json $(BENCH)
+	$(BIN)/python benchmarks/gpu.py --output benchmarks/results/cuda.json $(BENCH)
 
 lint: export FASTBN_WERROR ?= 1
 lint: $(VENV)/.lint  ## formats, style and types of Python, Cython, C
@@ -110,7 +110,7 @@ format: $(VENV)/.lint  ## rewrite Python and C as `make lint` wants them
 
 bench: $(VENV)/.bench  ## fastbn, everybody else and the limit on two networks (about 35 minutes); docs/benchmarks.md
 	$(BIN)/python benchmarks/run.py --output benchmarks/results/networks.json $(BENCH)
-	$(BIN)/python benchmarks/report.py benchmarks/results/networks.json
+	$(BIN)/python benchmarks/report.py
 
 bench-quick: $(VENV)/.bench  ## the same on two shapes, to see that it works
 	$(BIN)/python benchmarks/run.py --quick --output $(VENV)/bench-quick.json $(BENCH)

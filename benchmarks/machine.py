@@ -37,7 +37,7 @@ def caches() -> dict[str, str]:
 
 
 def memory_bytes(field: str) -> int | None:
-    """MemTotal or MemAvailable, less what control groups forbid is not known here."""
+    """MemTotal or MemAvailable of the machine; control groups may allow less."""
     for line in (_text("/proc/meminfo") or "").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

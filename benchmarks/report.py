@@ -1,4 +1,4 @@
-"""Results to tables and pictures: python benchmarks/report.py benchmarks/results/A.json [B.json ...].
+"""Results to tables and pictures: python benchmarks/report.py [A.json B.json ...]; without files, those of the pages.
 
 The tables replace what stands between ``<!-- benchmarks NAME -->`` and ``<!-- /benchmarks NAME -->`` in README.md and
 docs/benchmarks.md; the pictures go to docs/pictures. Nothing is copied by hand. ``<!-- benchmarks NAME FILE -->`` is
@@ -38,6 +38,8 @@ from results import (
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
+# What the tables without a file of their own, and the pictures, are made from.
+OF_PAGES = [FOLDER / name for name in ("networks.json", "relu.json", "sizes.json")]
 # networks whose totals stand in the README
 README_NETWORKS = ("resnet50", "bn_inception")
 UNSETTLED = "* measured again without settling."
@@ -249,10 +251,10 @@ def fill(text: str, results: Results) -> tuple[str, int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="result files; a later one replaces cases of an earlier")
+    parser.add_argument("results", type=Path, nargs="*", help="result files; a later one replaces cases of an earlier")
     parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs/ are")
     args = parser.parse_args(argv)
-    results = load_all(args.results)
+    results = load_all(args.results or OF_PAGES)
     for name in ("README.md", "docs/benchmarks.md"):
         page = args.root / name
         if not page.exists():

@@ -33,6 +33,7 @@ import cases
 import machine
 from cases import Array, Case, Shape
 from contenders import BY_NAME, CONTENDERS, GROUPS
+from fastbn.memory import usable_memory
 from results import (
     Result,
     Results,
@@ -171,7 +172,7 @@ class Driver:
 
     def fitting(self, group: Sequence[Case]) -> dict[Seat, Case]:
         """Those for which memory suffices, the important contenders first."""
-        left = (machine.memory_bytes("MemAvailable") or 1 << 62) * MEMORY_SHARE
+        left = min(machine.memory_bytes("MemAvailable") or 1 << 62, usable_memory()) * MEMORY_SHARE
         fitting = {}
         for name, case in itertools.product(self.args.contenders, group):
             seat = Seat.of(name, case)

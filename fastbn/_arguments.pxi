@@ -64,7 +64,7 @@ cdef class Accepted:
         cdef PyObject *values[OPTIONS]
         cdef int i
         self.find(given, values, [])
-        if len(self.calls) == MOST_CALLS:
+        if len(self.calls) >= MOST_CALLS:
             self.calls.clear()
         self.calls.append((tuple([<object>values[i] for i in range(OPTIONS)]), result))
 
@@ -131,12 +131,13 @@ cdef bint is_like(cnp.ndarray x, other, bint written):
     return True
 
 
-cdef bint is_plain_vector(vector, int64_t channels):
+cdef bint is_plain_vector(vector, int64_t channels, bint written):
     """Or None."""
     if vector is None:
         return True
     return (cnp.PyArray_CheckExact(vector) and cnp.PyArray_NDIM(vector) == 1
-            and cnp.PyArray_DIM(vector, 0) == channels and is_direct(vector) and cnp.PyArray_ISWRITEABLE(vector))
+            and cnp.PyArray_DIM(vector, 0) == channels and is_direct(vector)
+            and (not written or (cnp.PyArray_ISWRITEABLE(vector) and cnp.PyArray_STRIDE(vector, 0) != 0)))
 
 
 cdef bint may_meet(cnp.ndarray a, b):
@@ -151,8 +152,8 @@ cdef bint is_ordinary_out(cnp.ndarray x, companion, out, bint over_x, bint over_
 
 def are_ordinary(cnp.ndarray x, residual, out, bint over_x, bint over_residual, int64_t channels, gamma, beta,
                  running_mean, running_var, bint update):
-    if not (is_plain_vector(gamma, channels) and is_plain_vector(beta, channels)
-            and is_plain_vector(running_mean, channels) and is_plain_vector(running_var, channels)):
+    if not (is_plain_vector(gamma, channels, False) and is_plain_vector(beta, channels, False)
+            and is_plain_vector(running_mean, channels, update) and is_plain_vector(running_var, channels, update)):
         return False
     if residual is not None and not is_like(x, residual, False):
         return False

@@ -1,18 +1,17 @@
 """Every check of an argument, and every message about one.
 
 A message names the argument, what is accepted and what came. Checks return what the caller goes on with (an index, a
-float, an array); none of them writes to an argument. Small calls pass here too: messages are built only when they are
-raised, and what has been accepted of plain values is remembered.
+float, an array); none of them writes to an argument. Messages are built only when they are raised, for small calls pass
+here too; those that give the options of a call before do not (`_core.Accepted`).
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
-from functools import lru_cache, wraps
-from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +29,6 @@ from .errors import (
 
 Array: TypeAlias = npt.NDArray[Any]
 Vectors: TypeAlias = tuple[Array | None, Array | None, Array | None, Array | None]
-Result = TypeVar("Result")
 
 DEVICES = ("cpu", "cuda")
 DLPACK_CUDA = 2  # kDLCUDA, of DLPack
@@ -43,21 +41,6 @@ _TooHardError = getattr(np, "exceptions", np).TooHardError  # moved in NumPy 1.2
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
-
-
-def _remembered(check: Callable[..., Result]) -> Callable[..., Result]:
-    """A check of plain values that remembers what it has accepted, by value and type: 1 is not True."""
-    remembering = lru_cache(maxsize=1024, typed=True)(check)
-
-    @wraps(check)
-    def checked(*values: Any) -> Result:
-        try:
-            return remembering(*values)
-        except TypeError:  # a value that cannot be hashed; the check says what is wrong with it
-            pass
-        return check(*values)
-
-    return checked
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,7 +95,7 @@ def momentum(value: Any) -> float:
 def activation(value: Any) -> tuple[int, float]:
     """The core's index, and the slope of leaky_relu."""
     name, slope = value, NEGATIVE_SLOPE
-    if isinstance(value, tuple) and len(value) == 2 and value[0] == "leaky_relu":
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and value[0] == "leaky_relu":
         name, slope = value
         if not math.isfinite(_real(slope)):
             raise ArgumentError(f"activation: expected a finite slope in ('leaky_relu', slope), got {value!r}")
@@ -163,7 +146,6 @@ class Options(NamedTuple):
     activation: tuple[int, float]
 
 
-@_remembered
 def options(
     has_mean: bool, has_var: bool, use_batch: Any, weight: Any, epsilon: Any, corrected: Any, guard: Any, fused: Any
 ) -> Options:
@@ -221,7 +203,6 @@ def supported_dtype(name: str, dtype: np.dtype[Any]) -> int:
     return index
 
 
-@_remembered
 def axis(value: Any, ndim: int) -> int:
     """The channel axis, counted from the front."""
     try:
@@ -293,6 +274,8 @@ def _running(name: str, value: Any, channels: int, update: bool) -> Array:
     vector = parameter(name, value, channels)
     if update and not vector.flags.writeable:
         raise ReadOnlyError(f"{name}: expected a writable array, which training updates in place, got a read-only one")
+    if update and channels > 1 and abs(vector.strides[0]) < vector.itemsize:
+        raise AliasError(f"{name}: expected elements that do not overlap, got strides {vector.strides}")
     return vector
 
 
@@ -448,14 +431,14 @@ def num_features(value: Any) -> int:
     return runtime.check_count("num_features", value, runtime.MAX_BYTES)
 
 
-def parameter_dtype(value: Any) -> np.dtype[Any]:
+def parameter_dtype(value: Any, name: str = "dtype") -> np.dtype[Any]:
     """The dtype of a layer's parameters and buffers."""
     try:
         dtype: np.dtype[Any] = np.dtype(value)
     except TypeError:
-        raise DTypeError(f"dtype: expected a floating-point dtype, got {value!r}") from None
+        raise DTypeError(f"{name}: expected a floating-point dtype, got {value!r}") from None
     if not _is_float(dtype):
-        raise DTypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+        raise DTypeError(f"{name}: expected a floating-point dtype, got {dtype}")
     return dtype
 
 

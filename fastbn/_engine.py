@@ -151,7 +151,8 @@ class Gradients:
 
 def source(x: Any, options: Options) -> Any:
     """x as the functions go on with it: an ndarray, or an array on the GPU where ``device="cuda"`` asks for that."""
-    if type(x) is not np.ndarray and options.get("device") == "cuda":
+    device = options.get("device")
+    if type(x) is not np.ndarray and isinstance(device, str) and device == "cuda":
         _check.device("cuda")
         from .cuda import _arrays
 

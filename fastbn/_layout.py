@@ -87,7 +87,8 @@ def _planar(shape: Extents, strides: Extents, axis: int, itemsize: int) -> View 
         return None
     if inner == 1:  # (N, C): the batch is the run
         return _view(True, (1, shape[axis], outer), (itemsize, strides[axis], before), itemsize)
-    return _view(True, (outer, shape[axis], inner), (before, strides[axis], after), itemsize)
+    channel = strides[axis] if shape[axis] > 1 else inner * after  # of one, any stride will do: planes then adjoin
+    return _view(True, (outer, shape[axis], inner), (before, channel, after), itemsize)
 
 
 def _view(planar: bool, shape: Triple, strides: Triple, itemsize: int) -> View:

@@ -73,6 +73,10 @@ cdef int give(const fastbn_isa *isa, fastbn_vector *given, object vector, double
     return 0
 
 
+cdef enum:
+    BEHIND_FLOAT = (1 << 29) - 1  # bits of a float64 that a float32 has not
+
+
 cdef rounded(const fastbn_isa *isa, cnp.ndarray values, dtype):
     """The values in this dtype, None for None. What is too large for it becomes Inf, without a warning."""
     if dtype is None:
@@ -81,9 +85,13 @@ cdef rounded(const fastbn_isa *isa, cnp.ndarray values, dtype):
     cdef cnp.ndarray vector = new_vector(channels, dtype)
     if is_direct(vector):
         write(isa, vector, 0, <const double *>cnp.PyArray_DATA(values), channels)
-    else:
-        with numpy.errstate(all="ignore"):
-            vector[...] = values
+        return vector
+    # What ml_dtypes adds to NumPy is converted by way of float32: rounded to odd there, it is rounded once.
+    if vector.dtype.kind == "V":
+        bits = values.view("i8")
+        values = ((bits | (bits & BEHIND_FLOAT) + BEHIND_FLOAT) & ~BEHIND_FLOAT).view("f8")
+    with numpy.errstate(all="ignore"):
+        vector[...] = values
     return vector
 
 

@@ -61,7 +61,7 @@ def fold_into_conv(
     (array([[1.]]), array([-1.]))
     """
     values = _check.array("weight", weight)
-    _check.parameter_dtype(values.dtype)
+    _check.parameter_dtype(values.dtype, "weight")
     eps = _check.eps(eps, training=False)
     if values.ndim < 1:
         raise ShapeError(f"weight: expected shape (C, ...), got {values.shape}")

@@ -41,10 +41,9 @@ def _full_signature(function: Function) -> Function:
     """Show the shared options, which Python receives as **options, in `help` and in `inspect.signature`."""
     own = inspect.signature(function)
     parameters = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    types = {name: getattr(hint, "__forward_arg__", hint) for name, hint in _engine.Options.__annotations__.items()}
     parameters[3:3] = [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_engine.Options.__annotations__[name]
-        )
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[name])
         for name, default in _engine.DEFAULTS.items()
     ]
     function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _check, _engine
-from .errors import ArgumentError, DTypeError, ShapeError
+from .errors import ArgumentError, DTypeError, ReadOnlyError, ShapeError
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "IncompatibleKeys"]
 
@@ -135,7 +135,9 @@ class _BatchNorm:
         self._had_residual = residual is not None
         return y
 
-    __call__ = forward
+    def __call__(self, x: npt.ArrayLike, residual: npt.ArrayLike | None = None) -> Array:
+        """`forward`, also that of a subclass."""
+        return self.forward(x, residual)
 
     def backward(self, dy: npt.ArrayLike, *, out: Array | None = None) -> Any:
         """Gradients of the last `forward`: returns dx, or (dx, dresidual) if that was given a residual.
@@ -184,7 +186,7 @@ class _BatchNorm:
 
         Raises
         ------
-        ArgumentError, ShapeError, DTypeError
+        ArgumentError, ShapeError, DTypeError, ReadOnlyError
             Naming the keys.
         """
         _check.boolean("strict", strict)
@@ -206,6 +208,8 @@ class _BatchNorm:
                 raise ShapeError(f"{name}: expected shape {target.shape}, got {values.shape}")
             if not np.can_cast(values.dtype, target.dtype, "same_kind"):
                 raise DTypeError(f"{name}: expected a dtype that converts to {target.dtype}, got {values.dtype}")
+            if not target.flags.writeable:
+                raise ReadOnlyError(f"{name}: expected a writable array in the layer, got a read-only one")
             with np.errstate(all="ignore"):  # what is too large for the layer's dtype becomes Inf
                 new[name] = values.astype(target.dtype)
         for name, values in new.items():

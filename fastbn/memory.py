@@ -68,7 +68,7 @@ def nbytes_of_environment(variable: str, environment: Mapping[str, str]) -> int 
     text = environment.get(variable, "").strip()
     if not text:
         return None
-    if not (text.isascii() and text.isdigit() and int(text) < LARGEST):
+    if not (text.isascii() and text.isdigit()):
         raise ImportError(f"{variable}: expected a number of bytes, got {text!r}")
     return int(text)
 
@@ -78,9 +78,9 @@ _environment_stream = nbytes_of_environment("FASTBN_STREAM_BYTES", os.environ)
 
 
 def _check_nbytes(nbytes: Any) -> int:
-    if isinstance(nbytes, bool) or not isinstance(nbytes, (int, np.integer)) or not 0 <= nbytes < LARGEST:
+    if isinstance(nbytes, bool) or not isinstance(nbytes, (int, np.integer)) or nbytes < 0:
         raise ArgumentError(f"nbytes: expected a number of bytes from 0, or None, got {nbytes!r}")
-    return int(nbytes)
+    return min(int(nbytes), LARGEST)
 
 
 def set_cache_limit(nbytes: int | None) -> None:

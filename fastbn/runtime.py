@@ -5,10 +5,10 @@ current thread (or asyncio task). The number of threads is decided per call as w
 
 1. `num_threads=` of the call, used as it is;
 2. else the first of `threads(n)`, `set_num_threads(n)`, `FASTBN_NUM_THREADS`, `OMP_NUM_THREADS` and
-   `min(CPU affinity, cgroup quota rounded up)`. If the limit of OpenMP is lower than its environment explains, somebody
-   has lowered it at run time (threadpoolctl, `torch.set_num_threads`): it caps the number. Every thread must have at
-   least `BYTES_PER_THREAD` of x to do, or what is as much work (`choose_threads`), so small calls run on one thread.
-   Inside another OpenMP parallel region the number is 1.
+   `min(CPU affinity, cgroup quota rounded up)`, as these two were at the first large call. If the limit of OpenMP is
+   lower than its environment explains, somebody has lowered it at run time (threadpoolctl, `torch.set_num_threads`): it
+   caps the number. Every thread must have at least `BYTES_PER_THREAD` of x to do, or what is as much work
+   (`choose_threads`), so small calls run on one thread. Inside another OpenMP parallel region the number is 1.
 """
 
 from __future__ import annotations

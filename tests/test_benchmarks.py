@@ -1,5 +1,6 @@
 """The benchmark suite works: shapes, a tiny run, its report, and a comparison. Its numbers are not tested."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -124,6 +125,33 @@ def test_benchmarks_a_wrong_result_is_noticed(suite):
         wrong = y.copy()
         wrong.flat[7] = value
         assert "wrong at 1 values" in cases.difference("y", wrong, y, case, 1.0)
+
+
+def test_benchmarks_a_wrong_gradient_of_few_channels_is_noticed(suite):
+    """Where the kink of an activation excuses some values, it does not excuse all channels."""
+    import cases
+
+    shape = cases.Shape("any", "any", 4, 2, 40, 40, 1)
+    case = cases.Case("backward", "nchw", "f32", "relu", 1, shape)
+    dgamma = cases.right_results(cases.make_inputs(shape, "f32", ["backward"], "relu"), "backward", "relu")["dgamma"]
+    assert cases.difference("dgamma", dgamma, dgamma, case, 80.0) is None
+    assert "wrong at 2 values" in cases.difference("dgamma", dgamma + 100, dgamma, case, 80.0)
+
+
+def test_benchmarks_files_hide_no_package():
+    """Their folder comes first where Python looks for modules."""
+    names = {path.stem for path in SUITE.glob("*.py")}
+    installed = set(importlib.metadata.packages_distributions()) | {"cuda", "numba", "torch", "jax", "cupy"}
+    assert not names & (installed | sys.stdlib_module_names)
+
+
+def test_benchmarks_pages_are_what_their_results_say(suite):
+    import report
+
+    results = report.load_all(report.OF_PAGES)
+    for name in ("README.md", "docs/benchmarks.md"):
+        text = (report.ROOT / name).read_text()
+        assert report.fill(text, results)[0] == text
 
 
 def test_benchmarks_kinds_of_a_case_take_turns(suite, tmp_path):

@@ -404,6 +404,25 @@ def test_checkpoint_with_a_configuration_of_others_is_one_clear_line(sound, tmp_
     assert capsys.readouterr().err == f"fastbn train: {path}: not of this command: {name} = {value!r}\n"
 
 
+def test_checkpoint_without_a_configuration_is_one_clear_line(sound, tmp_path, capsys):
+    """As `fit` saves it: of which layout the weights are is not known."""
+    path = tmp_path / "state"
+    path.write_bytes(forged(sound, lambda parts: parts["config"].clear()))
+    assert cli.main(["train", "--resume", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"fastbn train: {path}: not of this command: without model, data, layout")
+
+
+@pytest.mark.parametrize("kind", ["MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"])
+def test_checkpoint_of_every_random_generator(tmp_path, kind):
+    path, rng = tmp_path / "state", np.random.Generator(getattr(np.random, kind)(3))
+    model, optimizer, _ = start()
+    checkpoint.save(path, model, optimizer, rng, [])
+    drawn = rng.random(5)
+    other = np.random.Generator(getattr(np.random, kind)(4))
+    checkpoint.load(path).restore(model, optimizer, other)
+    np.testing.assert_array_equal(other.random(5), drawn)
+
+
 def test_every_cut_and_every_flipped_byte_is_found(sound, tmp_path):
     path = tmp_path / "state"
     rng = np.random.default_rng(0)

@@ -205,13 +205,14 @@ def test_bench_formulas_compute_what_fastbn_computes():
     gamma, beta = rng.standard_normal((2, 3))
     axes, vector = (0, 2, 3), (1, 3, 1, 1)
     y, cache = fastbn.batchnorm_forward(x, gamma, beta)
-    dx = fastbn.batchnorm_backward(dy, cache).dx
+    dx, dgamma, dbeta = fastbn.batchnorm_backward(dy, cache)
     mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
     g, b = gamma.reshape(vector), beta.reshape(vector)
     np.testing.assert_allclose(bench.numpy_forward(x, g, b, axes), y, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(bench.numpy_inference(x, g, b, mean, var), y, rtol=1e-12, atol=1e-12)
     ours = bench.numpy_backward(dy, x, g, mean, 1 / np.sqrt(var + 1e-5), axes)
-    np.testing.assert_allclose(ours, dx, rtol=1e-12, atol=1e-12)
+    for actual, expected in zip(ours, (dx, dgamma, dbeta), strict=True):
+        np.testing.assert_allclose(actual.squeeze(), expected.squeeze(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("bench", "--help"), ("--version",)])

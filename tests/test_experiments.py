@@ -76,7 +76,7 @@ def synthetic(measure, threshold=5.0, setting=None):
         criteria=[Criterion("ten", "ten times the seed", ">=", threshold), Criterion("seed", "the seed", "<=", 0)],
         panels=[Panel("Panel", "x", "y", log="xy")],
         setting={"images": 7, "test_images": 3, **(setting or {})},
-        quick={"images": 2},
+        quick={"images": 2, "test_images": 3},
     )
 
 
@@ -130,9 +130,16 @@ def test_run_with_another_setting_destroys_nothing(tmp_path, digits):
         with pytest.raises(RecordError, match="measured with another setting"):
             run_synthetic(experiment, [0, 1], path, digits, **options)
     assert path.read_bytes() == before
-    path.write_text("{")
-    with pytest.raises(RecordError, match="no record of an experiment"):
-        run_synthetic(synthetic(Measure()), [0], path, digits)
+    for text in ("{", "{}", "[]"):
+        path.write_text(text)
+        with pytest.raises(RecordError, match="no record of an experiment"):
+            run_synthetic(synthetic(Measure()), [0], path, digits)
+
+
+def test_too_few_images_are_an_error(tmp_path, digits):
+    for many in ({"images": 10_000}, {"test_images": 10_000}):
+        with pytest.raises(nn.DataError, match="data: expected at least"):
+            run_synthetic(synthetic(Measure(), setting=many), [0], tmp_path / "record.json", digits)
 
 
 def test_seed_decides_the_images(tmp_path, digits):

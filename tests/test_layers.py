@@ -220,6 +220,24 @@ def test_layers_load_all_or_nothing():
     assert layer.weight.tolist() == [1, 1, 1]
 
 
+def test_layers_load_nothing_into_a_layer_with_a_read_only_array():
+    layer, other = fastbn.BatchNorm1d(3), fastbn.BatchNorm1d(3)
+    other.weight[...] = 5
+    layer.running_var.flags.writeable = False
+    with pytest.raises(fastbn.ReadOnlyError, match=r"^running_var: "):
+        layer.load_state_dict(other.state_dict())
+    assert layer.weight.tolist() == [1, 1, 1]
+
+
+def test_layers_called_are_the_forward_of_a_subclass():
+    class Doubled(fastbn.BatchNorm1d):
+        def forward(self, x, residual=None):
+            return 2 * super().forward(x, residual)
+
+    x = np.array([[-1.0], [1.0]], np.float32)
+    np.testing.assert_array_equal(Doubled(1)(x), 2 * fastbn.BatchNorm1d(1)(x))
+
+
 def test_layers_load_tolerates_what_strict_forbids_and_old_checkpoints():
     layer = fastbn.BatchNorm1d(3)
     found = layer.load_state_dict({"weight": np.full(3, 9.0), "extra": 1}, strict=False)

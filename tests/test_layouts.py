@@ -27,6 +27,7 @@ FAMILIES = {
     "nc, sliced channels": ((7, 3), (12, 2), 1, (False, (7, 3, 1), (12, 2, 1))),
     "nc, fortran": ((7, 3), (1, 7), 1, (True, (1, 3, 7), (1, 7, 1))),
     "nc, one channel": ((7, 1), (1, 1), 1, (True, (1, 1, 7), (1, 1, 1))),
+    "nchw, one channel, of a new axis": ((6, 1, 4, 5), (20, 0, 5, 1), 1, (True, (6, 1, 20), (20, 20, 1))),
     "nhwc, one channel": ((2, 4, 5, 1), (20, 5, 1, 1), 3, (True, (1, 1, 40), (1, 1, 1))),
     "nc, one row": ((1, 3), (3, 1), 1, (False, (1, 3, 1), (1, 1, 1))),
     "nc, one row of spread channels": ((1, 3), (30, 2), 1, (True, (1, 3, 1), (1, 2, 1))),

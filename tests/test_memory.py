@@ -253,7 +253,7 @@ def test_memory_of_large_results_is_aligned_and_returned_at_once_if_nothing_is_k
     assert fastbn.cache_info().idle_bytes == 0
 
 
-@pytest.mark.parametrize("value", [-1, 1.5, True, "1G", 1 << 62], ids=repr)
+@pytest.mark.parametrize("value", [-1, 1.5, True, "1G"], ids=repr)
 def test_memory_limit_must_be_a_number_of_bytes(value):
     with pytest.raises(fastbn.ArgumentError, match="nbytes: expected a number of bytes"):
         fastbn.set_cache_limit(value)

@@ -1,6 +1,7 @@
 """The trainer's layers and loss: gradients against central differences, everything against PyTorch, state."""
 
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -192,6 +193,14 @@ def test_wrong_channels_are_an_error():
             layer.forward(np.zeros(shape, np.float32))
 
 
+def test_no_images_and_other_ranks_are_an_error():
+    for layer, shape in ((nn.Conv2d(3, 1, 1), (0, 3, 5, 5)), (nn.Conv1d(3, 1, 1), (0, 3, 5))):
+        with pytest.raises(ValueError, match=f"x: expected at least one image, got shape {re.escape(str(shape))}"):
+            layer.forward(np.zeros(shape, np.float32))
+        with pytest.raises(ValueError, match=f"x: expected {len(shape)} dimensions, got shape"):
+            layer.forward(np.zeros(shape[1:], np.float32))
+
+
 def test_gradient_of_images_is_left_out_on_request():
     x, dy = np.random.default_rng(0).random((2, 3, 2, 6, 6))
     layers = [nn.Conv2d(2, 2, 3, padding=1, rng=0, dtype=np.float64) for _ in range(2)]
@@ -241,6 +250,12 @@ def test_load_state_dict_copies_and_refuses_what_does_not_fit():
         target.load_state_dict(digits_cnn(False).state_dict())
     with pytest.raises(ValueError, match="weight: expected shape"):
         target.load_state_dict(source.state_dict() | {"0.weight": np.zeros((16, 1, 5, 5), np.float32)})
+    last = max(name for name in target.state_dict() if name.endswith(".weight"))
+    before = target.state_dict()
+    with pytest.raises(ValueError, match="weight: expected shape"):  # a layer behind others, which stay as they are
+        target.load_state_dict(digits_cnn(rng=2).state_dict() | {last: np.zeros(1, np.float32)})
+    for name, value in target.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
 
 
 # ---- PyTorch ---------------------------------------------------------------------------------------------------------

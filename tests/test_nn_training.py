@@ -133,6 +133,52 @@ def test_schedule_sets_the_rate_of_every_step_and_gives_it_back(digits):
     assert optimizer.lr == 0.5
 
 
+def test_interrupted_training_gives_the_rate_back(digits):
+    optimizer = nn.SGD(digits_cnn(), 0.5)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        nn.fit(
+            optimizer.model,
+            optimizer,
+            digits,
+            epochs=1,
+            batch_size=64,
+            rng=np.random.default_rng(0),
+            schedule=lambda epochs: 0.1,
+            augment=interrupt,
+            log=lambda line: None,
+        )
+    assert optimizer.lr == 0.5
+
+
+def test_interrupted_recalibration_changes_nothing(digits):
+    model = digits_cnn(rng=0)
+    model.forward(digits.x_train[:64])
+    before = model.state_dict()
+    model.layers[-1].forward = lambda x: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        nn.recalibrate(model, digits.x_train[64:256])
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_states_of_optimizers_are_copies(digits):
+    for kind in (nn.SGD, nn.Adam):
+        model = digits_cnn(rng=0)
+        optimizer = kind(model, 0.1)
+        before = optimizer.state_dict()
+        model.forward(digits.x_train[:64])
+        model.backward(np.ones((64, 10), np.float32))
+        optimizer.step()
+        assert any((value != before[name]).any() for name, value in optimizer.state_dict().items() if "0" in name)
+        optimizer.load_state_dict(before)
+        for name, value in optimizer.state_dict().items():
+            np.testing.assert_array_equal(value, before[name])
+
+
 def test_augmentation_sees_training_images_only(digits):
     seen = []
 

@@ -52,6 +52,15 @@ def test_running_update_is_computed_in_float64_and_rounded_once(dtype, momentum,
             np.testing.assert_array_equal(actual, wanted)
 
 
+def test_running_update_of_bfloat16_is_not_rounded_to_float32_before():
+    """1 + 2**-8 lies between two of them, and float32 forgets what is above it."""
+    bfloat16 = dtype_of("bfloat16")
+    mean, var = np.zeros(1, bfloat16), np.ones(1, bfloat16)
+    x = np.full((2, 1), 1 + 2**-8 + 2**-40)
+    fastbn.batchnorm(x, running_mean=mean, running_var=var, training=True, momentum=1)
+    assert float(mean[0]) == 1 + 2**-7
+
+
 def test_running_update_agrees_with_reference_over_batches():
     mean, var = np.zeros(3), np.ones(3)
     wanted_mean, wanted_var = np.zeros(3), np.ones(3)

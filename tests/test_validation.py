@@ -275,8 +275,8 @@ PLAIN = [
     ("isa", "isa", lambda a, v: fastbn.runtime.isa(v).__enter__(), set()),
     ("threads", "n", lambda a, v: enter_and_leave(fastbn.threads(v)), COUNT),
     ("set_num_threads", "n", lambda a, v: fastbn.set_num_threads(v), COUNT | {"none"}),
-    ("set_cache_limit", "nbytes", lambda a, v: fastbn.set_cache_limit(v), COUNT | {"none", "zero"}),
-    ("set_stream_bytes", "nbytes", lambda a, v: memory.set_stream_bytes(v), COUNT | {"none", "zero"}),
+    ("set_cache_limit", "nbytes", lambda a, v: fastbn.set_cache_limit(v), COUNT | {"none", "zero", "huge"}),
+    ("set_stream_bytes", "nbytes", lambda a, v: memory.set_stream_bytes(v), COUNT | {"none", "zero", "huge"}),
     ("copy_speed-nbytes", "nbytes", lambda a, v: fastbn.runtime.copy_speed(v), COUNT),
     ("copy_speed-repeats", "repeats", lambda a, v: fastbn.runtime.copy_speed(64, repeats=v), COUNT),
     ("copy_speed-num_threads", "num_threads", lambda a, v: fastbn.runtime.copy_speed(64, v), COUNT | {"none"}),
@@ -414,7 +414,7 @@ def test_validation_accepts_what_the_table_says(call, accepted):
         memory.set_stream_bytes(None)
 
 
-@pytest.mark.parametrize("text", ["-1", "-0", "two", "1.5", "1e3", "0x4", "4,2", "true", "nan", "9" * 40, "\uff14"])
+@pytest.mark.parametrize("text", ["-1", "-0", "two", "1.5", "1e3", "0x4", "4,2", "true", "nan", "\uff14"])
 @pytest.mark.parametrize(
     ("read", "variable"),
     [
@@ -428,6 +428,57 @@ def test_validation_of_the_environment_names_the_variable_and_the_text(read, var
     """An ImportError: these are read when fastbn is imported."""
     with pytest.raises(ImportError, match=f"^{variable}(=|: expected ).*{re.escape(repr(text))}"):
         read({variable: text})
+
+
+def test_validation_of_numbers_in_the_environment_that_are_larger_than_any():
+    """More threads than there can be are a mistake; that many bytes are no limit."""
+    huge = "9" * 40
+    with pytest.raises(ImportError, match=r"^FASTBN_NUM_THREADS: expected"):
+        runtime.fastbn_num_threads({"FASTBN_NUM_THREADS": huge})
+    assert memory.nbytes_of_environment("FASTBN_STREAM_BYTES", {"FASTBN_STREAM_BYTES": huge}) == int(huge)
+    try:
+        memory.set_stream_bytes(int(huge))
+        assert memory.stream_bytes() == memory.LARGEST
+    finally:
+        memory.set_stream_bytes(None)
+
+
+def test_validation_does_not_depend_on_what_was_accepted_before():
+    """1 == True and 0.0 == -0.0, but not as a slope."""
+    x = np.array([[-1.0], [1.0]], np.float32)
+    plain(arguments(), activation=("leaky_relu", 1))
+    with pytest.raises(ArgumentError, match=r"^activation: "):
+        plain(arguments(), activation=("leaky_relu", True))
+    zeros = [fastbn.batchnorm(x, activation=("leaky_relu", slope))[0, 0] for slope in (0.0, -0.0)]
+    assert [np.signbit(zero) for zero in zeros] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_validation_of_running_statistics_whose_elements_overlap(name):
+    x = np.zeros((4, 3), np.float32)
+    running = {"running_mean": np.zeros(3, np.float32), "running_var": np.ones(3, np.float32)}
+    running[name] = np.broadcast_to(running[name][:1], 3)
+    running[name].flags.writeable = True
+    with pytest.raises(AliasError, match=f"^{name}: expected elements that do not overlap"):
+        fastbn.batchnorm(x, **running, training=True)
+    fastbn.batchnorm(x, **running, training=False)  # which writes none
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fastbn.batchnorm([[1.0], [2.0]], activation=(np.zeros(2), 0.1)), "activation: expected"),
+        (lambda: fastbn.batchnorm([[1.0], [2.0]], device=np.array(["a", "b"])), "device: expected"),
+        (
+            lambda: fastbn.fold_into_conv(np.ones((3, 2), int), None, np.zeros(3), np.ones(3)),
+            "weight: expected a floating-point dtype",
+        ),
+    ],
+    ids=["activation", "device", "weight"],
+)
+def test_validation_names_the_argument_of_odd_values(call, message):
+    with pytest.raises((ArgumentError, DTypeError), match=f"^{message}"):
+        call()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastbn
-from fastbn.cli.arguments import THREADS, output
+from fastbn.cli.arguments import THREADS, UsageError, output
 from fastbn.cli.bench_cuda import bench_cuda
 from fastbn.nn.plain import numpy_backward, numpy_forward, numpy_inference
 
@@ -110,6 +110,8 @@ def bench(args: argparse.Namespace) -> int:
     shapes = QUICK_SHAPES if args.quick else SHAPES
     record: dict[str, Any] = {"repeats": repeats}
     if args.device == "cuda":
+        if args.num_threads is not None:
+            raise UsageError("--num-threads is of the CPU: it does not go with --device cuda")
         record["rows"] = bench_cuda(shapes, repeats)
     else:
         record["copy_gb_per_s"], record["rows"] = bench_cpu(shapes, repeats, args.num_threads)

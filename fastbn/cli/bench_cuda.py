@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,9 +15,9 @@ import fastbn
 CALLS = 20
 NOTES = """\
 float32, arrays that stay on the GPU; medians of {repeats} repeats of {calls} calls. Device time is between two events
-on the GPU, wall time is that of the host until all is done. GB/s counts what must move: x read and y written; in the
-backward pass x and dy read and dx written; training reads its inputs twice. Where a call costs
-the host more than the GPU, both times are that of the host."""
+on the GPU, wall time is that of the host until all is done. GB/s counts what must move: x read and y written, in
+training x read twice; in backward x and dy read twice and dx written. Where a call costs the host more than the GPU,
+both times are that of the host."""
 
 
 def seconds(function: Callable[[], object]) -> tuple[float, float]:
@@ -37,8 +38,12 @@ def seconds(function: Callable[[], object]) -> tuple[float, float]:
     return first.elapsed_time(last) / 1e3 / CALLS, wall / CALLS
 
 
-def contenders(shape: tuple[int, ...], axis: int) -> dict[str, tuple[int, Callable[[], object]]]:
-    """Per operation the bytes that must move, and a call; "copy" is a copy of x."""
+# Tensors of x's size that move: x is read for the statistics and once more, in backward with dy.
+TENSORS = {"copy": 2, "forward": 3, "inference": 2, "backward": 5}
+
+
+def contenders(shape: tuple[int, ...], axis: int) -> dict[str, Callable[[], object]]:
+    """Per operation a call; "copy" is a copy of x."""
     from numba import cuda
 
     rng = np.random.default_rng(0)
@@ -50,10 +55,10 @@ def contenders(shape: tuple[int, ...], axis: int) -> dict[str, tuple[int, Callab
     running = {"running_mean": mean, "running_var": var, "out": out, **options}
     _, cache = fastbn.batchnorm_forward(x, gamma, beta, **options)
     return {
-        "copy": (2 * x.nbytes, lambda: out.copy_to_device(x)),
-        "forward": (2 * x.nbytes, lambda: fastbn.batchnorm(x, gamma, beta, training=True, **running)),
-        "inference": (2 * x.nbytes, lambda: fastbn.batchnorm(x, gamma, beta, training=False, **running)),
-        "backward": (3 * x.nbytes, lambda: fastbn.batchnorm_backward(dy, cache, out=out)),
+        "copy": lambda: out.copy_to_device(x),
+        "forward": lambda: fastbn.batchnorm(x, gamma, beta, training=True, **running),
+        "inference": lambda: fastbn.batchnorm(x, gamma, beta, training=False, **running),
+        "backward": lambda: fastbn.batchnorm_backward(dy, cache, out=out),
     }
 
 
@@ -67,10 +72,11 @@ def bench_cuda(shapes: Sequence[tuple[tuple[int, ...], int, str]], repeats: int)
         calls = contenders(shape, axis)
         times: dict[str, list[tuple[float, float]]] = {operation: [] for operation in calls}
         for _ in range(repeats):
-            for operation, (_nbytes, call) in calls.items():
+            for operation, call in calls.items():
                 times[operation].append(seconds(call))
         speeds = {}
-        for operation, (nbytes, _call) in calls.items():
+        for operation in calls:
+            nbytes = TENSORS[operation] * 4 * math.prod(shape)
             device, wall = (statistics.median(column) for column in zip(*times[operation], strict=True))
             speeds[operation] = nbytes / device / 1e9
             rows.append(

@@ -108,6 +108,9 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
     for name, value in config.items():
         if type(value) is not type(DEFAULTS.get(name)) or value not in tables.get(name, [value]):
             raise nn.CheckpointError(f"{path}: not of this command: {name} = {value!r}")
+    missing = [name for name in DEFAULTS if name not in config]
+    if missing:
+        raise nn.CheckpointError(f"{path}: not of this command: without {', '.join(missing)}")
 
 
 def resolve(args: argparse.Namespace) -> tuple[dict[str, Any], checkpoint.Checkpoint | None]:
@@ -127,7 +130,7 @@ def resolve(args: argparse.Namespace) -> tuple[dict[str, Any], checkpoint.Checkp
         if name == "epochs" or value != saved.config.get(name):
             option = "--no-bn" if name == "batch_norm" else f"--{name.replace('_', '-')} {value}"
             raise UsageError(f"{option}: {args.resume} was trained with {name} = {saved.config.get(name)}")
-    config = DEFAULTS | saved.config | given
+    config = saved.config | given
     if len(saved.history) >= config["epochs"]:
         raise UsageError(f"{args.resume} has {len(saved.history)} epochs already: --epochs must ask for more")
     return config, saved
@@ -137,7 +140,10 @@ def build(config: dict[str, Any], data: nn.Dataset) -> tuple[nn.Sequential, Any,
     """A new model, its optimizer, and the generator that decides all random numbers of the training."""
     rng = np.random.default_rng(config["seed"])
     options = {"input_shape": data.input_shape, "classes": data.classes, "layout": config["layout"], "rng": rng}
-    model = nn.MODELS[config["model"]](config["batch_norm"], **options)
+    try:
+        model = nn.MODELS[config["model"]](config["batch_norm"], **options)
+    except ValueError as error:
+        raise UsageError(f"--model {config['model']}: not for images of shape {data.input_shape}: {error}") from error
     momentum = {"momentum": config["momentum"]} if config["optimizer"] == "sgd" else {}
     optimizer = OPTIMIZERS[config["optimizer"]](model, config["lr"], weight_decay=config["weight_decay"], **momentum)
     return model, optimizer, rng

@@ -42,8 +42,10 @@ def why_not() -> str | None:
     try:
         from numba import config
         from numba.cuda.extending import intrinsic  # noqa: F401 (numba-cuda has it, the old part of Numba has not)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         return f"numba-cuda is not installed: pip install 'fastbn[cuda]' ({error})"
+    except ImportError as error:
+        return f"numba-cuda cannot be imported: {error}"
     if not config.ENABLE_CUDASIM:
         try:
             driver, toolkit = _driver_version(), _toolkit_version()

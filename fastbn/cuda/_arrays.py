@@ -137,7 +137,9 @@ def _from_dlpack(name: str, value: Any) -> DeviceArray | None:
 
 
 def _library(owner: Any) -> str:
-    return type(owner).__module__.partition(".")[0]
+    """ "torch" or "cupy" if it is an array of theirs, or of a class derived from it; else an empty string."""
+    roots = {base.__module__.partition(".")[0] for base in type(owner).__mro__}
+    return next((name for name in ("torch", "cupy") if name in roots), "")
 
 
 @contextmanager

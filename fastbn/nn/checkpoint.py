@@ -97,7 +97,8 @@ def save(
     tensors = {f"model.{name}": np.asarray(x) for name, x in model.state_dict().items()}
     tensors |= {f"optimizer.{name}": x for name, x in optimizer.state_dict().items()}
     states = [generator.bit_generator.state for generator in generators(model, rng)]
-    text = json.dumps({"version": VERSION, "rng_states": states, "history": history, "config": config or {}})
+    content = {"version": VERSION, "rng_states": states, "history": history, "config": config or {}}
+    text = json.dumps(content, default=np.ndarray.tolist)  # of some generators, a state is an array
     # safetensors finds a file that is too short or too long, but not a flipped bit.
     metadata = {"fastbn": text, "crc32": str(checksum(tensors, text))}
     write_atomically(path, to_bytes(tensors, metadata))

@@ -185,8 +185,19 @@ class Conv2d(Layer):
 
     def forward(self, x: Array, /) -> Array:
         """(N, C, H, W) to (N, F, OH, OW), with ``OH = (H + 2 * padding - kernel_size) // stride + 1``."""
-        if x.ndim != 4 or x.shape[self.axis] != self.weight.shape[1]:
+        self._check(x)
+        return self._convolve(x)
+
+    def _check(self, x: Array) -> None:
+        rank = 2 + self.dimensions
+        if x.ndim != rank:
+            raise ValueError(f"x: expected {rank} dimensions, got shape {x.shape}")
+        if x.shape[self.axis] != self.weight.shape[1]:
             raise ValueError(f"x: expected {self.weight.shape[1]} channels on axis {self.axis}, got shape {x.shape}")
+        if len(x) == 0:
+            raise ValueError(f"x: expected at least one image, got shape {x.shape}")
+
+    def _convolve(self, x: Array) -> Array:
         self.windows = windows = Windows(x.shape, self.axis, self.kernel, self.stride, self.padding)
         self.x = x = np.require(x, self.weight.dtype, ["C", "W"])
         matrix = self._matrix()
@@ -223,8 +234,9 @@ class Conv2d(Layer):
             sums[images.start] = dmatrix, dbias
 
         for_each(part, len(x), 2 * dy.size * len(matrix))
-        dmatrix, self.bias_grad = (sum(parts) for parts in zip(*(sums[start] for start in sorted(sums)), strict=True))
+        dmatrix, dbias = (sum(parts) for parts in zip(*(sums[start] for start in sorted(sums)), strict=True))
         self.weight_grad = self._from_matrix(dmatrix)
+        self.bias_grad = None if self.bias is None else dbias
         return dx
 
     def _matrix(self) -> Array:
@@ -273,7 +285,8 @@ class Conv1d(Conv2d):
 
     def forward(self, x: Array, /) -> Array:
         """(N, C, L) to (N, F, OL), with ``OL = (L + 2 * padding - kernel_size) // stride + 1``."""
-        return super().forward(np.expand_dims(x, self.height)).squeeze(self.height)
+        self._check(x)
+        return self._convolve(np.expand_dims(x, self.height)).squeeze(self.height)
 
     def backward(self, dy: Array, /) -> Array:
         """(N, F, OL) to (N, C, L)."""

@@ -38,6 +38,7 @@ def recalibrate(model: LayerLike, x: Array, batch_size: int = 256) -> None:
     model.eval()
     norms: list[Any] = [layer for layer in walk(model) if isinstance(layer, BATCH_NORM) and layer.track_running_stats]
     options = [(norm.momentum, norm.unbiased) for norm in norms]
+    before = [norm.state_dict() for norm in norms]
     totals: list[fastbn.Stats | None] = [None] * len(norms)
     try:
         for norm in norms:
@@ -50,6 +51,10 @@ def recalibrate(model: LayerLike, x: Array, batch_size: int = 256) -> None:
                 stats = fastbn.Stats(len(batch), norm.running_mean, len(batch) * norm.running_var.astype(np.float64))
                 total = totals[i]
                 totals[i] = stats if total is None else total.merge(stats)
+    except BaseException:  # also an interruption leaves the statistics as they were
+        for norm, state in zip(norms, before, strict=True):
+            norm.load_state_dict(state)
+        raise
     finally:
         for norm, (norm.momentum, norm.unbiased) in zip(norms, options, strict=True):
             norm.eval()

@@ -56,6 +56,10 @@ def parameters(layer: LayerLike) -> list[tuple[Array, Any]]:
     ]
 
 
+def copies(state: State) -> State:
+    return {name: value.copy() for name, value in state.items()}
+
+
 def copy_into(targets: Mapping[str, Array], state: Mapping[str, Array]) -> None:
     """Copy every array of `state` into the target of the same name; ValueError if names or shapes differ."""
     if targets.keys() != state.keys():
@@ -116,15 +120,26 @@ class Layer:
 
     def state_dict(self) -> State:
         """Copies of the parameters, and of the running statistics of batch normalization."""
-        state = {name: value.copy() for name, value in self._state().items()}
+        state = copies(self._state())
         for i, layer in enumerate(self.layers):
             state |= {f"{i}.{name}": value for name, value in layer.state_dict().items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Array], /) -> None:
-        expected = self.state_dict().keys()
-        if state.keys() != expected:
-            raise ValueError(f"state: expected {sorted(expected)}, got {sorted(state)}")
+        """Copy values into the parameters and running statistics; all of them, or none if there is an error.
+
+        ValueError if names or shapes are not those of `state_dict`.
+        """
+        before = self.state_dict()
+        if state.keys() != before.keys():
+            raise ValueError(f"state: expected {sorted(before)}, got {sorted(state)}")
+        try:
+            self._load(state)
+        except Exception:  # which layer has found it does not matter
+            self._load(before)
+            raise
+
+    def _load(self, state: Mapping[str, Array]) -> None:
         own = self._state()
         copy_into(own, {name: state[name] for name in own})
         for i, layer in enumerate(self.layers):
@@ -152,6 +167,8 @@ class Linear(Layer):
         rng: Rng = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
+        if in_features < 1:
+            raise ValueError(f"in_features: expected at least 1, got {in_features}")
         rng = np.random.default_rng(rng)
         self.weight = initial(rng, (out_features, in_features), in_features, dtype)
         self.bias = initial(rng, (out_features,), in_features, dtype) if bias else None
@@ -166,7 +183,7 @@ class Linear(Layer):
 
     def backward(self, dy: Array, /) -> Array:
         self.weight_grad = product(dy.T, self.x)
-        self.bias_grad = dy.sum(axis=0)
+        self.bias_grad = None if self.bias is None else dy.sum(axis=0)
         return product(dy, self.weight)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastbn.nn.layers import Array, LayerLike, State, copy_into, parameters
+from fastbn.nn.layers import Array, LayerLike, State, copies, copy_into, parameters
 
 
 class Optimizer(Protocol):
@@ -38,10 +38,13 @@ class SGD:
             value -= self.lr * velocity
 
     def state_dict(self) -> State:
-        return {f"velocity.{i}": velocity for i, velocity in enumerate(self.velocities)}
+        return copies(self._state())
 
     def load_state_dict(self, state: Mapping[str, Array], /) -> None:
-        copy_into(self.state_dict(), state)
+        copy_into(self._state(), state)
+
+    def _state(self) -> State:
+        return {f"velocity.{i}": velocity for i, velocity in enumerate(self.velocities)}
 
 
 class Adam:
@@ -77,11 +80,14 @@ class Adam:
             value -= scale * mean / (np.sqrt(square) / root + self.eps)
 
     def state_dict(self) -> State:
-        averages = (("mean", self.means), ("square", self.squares))
-        return {"steps": self.steps} | {f"{name}.{i}": x for name, arrays in averages for i, x in enumerate(arrays)}
+        return copies(self._state())
 
     def load_state_dict(self, state: Mapping[str, Array], /) -> None:
-        copy_into(self.state_dict(), state)
+        copy_into(self._state(), state)
+
+    def _state(self) -> State:
+        averages = (("mean", self.means), ("square", self.squares))
+        return {"steps": self.steps} | {f"{name}.{i}": x for name, arrays in averages for i, x in enumerate(arrays)}
 
 
 # A schedule gives the factor of the learning rate after so many epochs, fractions included. It has no state, so

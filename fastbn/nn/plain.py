@@ -17,13 +17,15 @@ def numpy_inference(x: Array, gamma: Array, beta: Array, mean: Array, var: Array
     return y
 
 
-def numpy_backward(dy: Array, x: Array, gamma: Array, mean: Array, rstd: Array, axes: tuple[int, ...]) -> Array:
+def numpy_backward(
+    dy: Array, x: Array, gamma: Array, mean: Array, rstd: Array, axes: tuple[int, ...]
+) -> tuple[Array, Array, Array]:
     count = x.size // gamma.size
     normalized = (x - mean) * rstd
     dbeta = dy.sum(axes, keepdims=True)
     dgamma = (dy * normalized).sum(axes, keepdims=True)
     dx: Array = (gamma * rstd) * (dy - dbeta / count - normalized * (dgamma / count))
-    return dx
+    return dx, dgamma, dbeta
 
 
 class PlainBatchNorm2d(Layer):
@@ -43,7 +45,7 @@ class PlainBatchNorm2d(Layer):
         return numpy_inference(x, self.weight[:, None, None], self.bias[:, None, None], self.mean, var, self.eps)
 
     def backward(self, dy: Array, /) -> Array:
-        dx = numpy_backward(dy, self.x, self.weight[:, None, None], self.mean, self.rstd, self.axes)
-        self.bias_grad = dy.sum(self.axes)
-        self.weight_grad = (dy * (self.x - self.mean) * self.rstd).sum(self.axes)
+        gamma = self.weight[:, None, None]
+        dx, dgamma, dbeta = numpy_backward(dy, self.x, gamma, self.mean, self.rstd, self.axes)
+        self.weight_grad, self.bias_grad = dgamma.ravel(), dbeta.ravel()
         return dx

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,9 @@ def fit(
         threads(fastbn.get_num_threads()),
         without_input_gradient(model),
         np.errstate(over="ignore", invalid="ignore"),
+        ExitStack() as stack,
     ):
+        stack.callback(setattr, optimizer, "lr", rate)  # also if somebody interrupts
         for number in range(len(history) + 1, epochs + 1):
             model.train()
             loss_sum, correct, start = 0.0, 0, time.perf_counter()
@@ -114,7 +117,6 @@ def fit(
                 correct += int((logits.argmax(axis=1) == labels).sum())
                 if not math.isfinite(loss):
                     break
-            optimizer.lr = rate
             speed = images / (time.perf_counter() - start)
             history.append(
                 {

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 import fastbn
-from fastbn.nn.conv import Conv2d
+from fastbn.nn.conv import Conv2d, without_input_gradient
 from fastbn.nn.data import Dataset
 from fastbn.nn.experiments.protocol import Curve
 from fastbn.nn.inference import evaluate
@@ -35,14 +35,15 @@ def training(
     """
     rng, optimizer = np.random.default_rng(seed), SGD(model, lr, momentum)
     counter = itertools.count()
-    while True:
-        for batch in np.array_split(rng.permutation(len(data.x_train)), math.ceil(len(data.x_train) / batch_size)):
-            model.train()
-            optimizer.lr = lr * schedule(next(counter))
-            loss, _ = learn_from(model, optimizer, data.x_train[batch], data.y_train[batch])
-            if not math.isfinite(loss):
-                return
-            yield loss
+    with without_input_gradient(model):
+        while True:
+            for batch in np.array_split(rng.permutation(len(data.x_train)), math.ceil(len(data.x_train) / batch_size)):
+                model.train()
+                optimizer.lr = lr * schedule(next(counter))
+                loss, _ = learn_from(model, optimizer, data.x_train[batch], data.y_train[batch])
+                if not math.isfinite(loss):
+                    return
+                yield loss
 
 
 def learn(

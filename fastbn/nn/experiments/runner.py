@@ -13,10 +13,12 @@ import numpy as np
 
 import fastbn
 from fastbn.nn.checkpoint import write_atomically
-from fastbn.nn.data import Dataset
+from fastbn.nn.data import DataError, Dataset
 from fastbn.nn.experiments.protocol import Experiment, Result
 
 Record = dict[str, Any]  # what a JSON file holds: the keys of `new_record`
+KEYS = {"experiment", "quick", "setting", "machine", "runs"}
+QUICK = {"test_images": 360}  # more than that the digits do not have
 DIGITS = 5  # significant ones of the numbers in a file
 
 
@@ -25,7 +27,7 @@ class RecordError(ValueError):
 
 
 def new_record(experiment: Experiment, data_name: str, quick: bool) -> Record:
-    setting = {"data": data_name, **experiment.setting, **(experiment.quick if quick else {})}
+    setting = {"data": data_name, **experiment.setting, **({**QUICK, **experiment.quick} if quick else {})}
     machine = {"numpy": np.__version__, "isa": fastbn.runtime.config()["isa"]}
     return {"experiment": experiment.name, "quick": quick, "setting": setting, "machine": machine, "runs": {}}
 
@@ -35,6 +37,9 @@ def read(path: Path) -> Record:
         record: Record = json.loads(path.read_text())
     except ValueError as error:
         raise RecordError(f"{path}: no record of an experiment ({error})") from error
+    missing = KEYS - record.keys() if isinstance(record, dict) else KEYS
+    if missing:
+        raise RecordError(f"{path}: no record of an experiment (without {', '.join(sorted(missing))})")
     return record
 
 
@@ -59,7 +64,10 @@ def plain(result: Result) -> dict[str, Any]:
 
 
 def part(data: Dataset, seed: int, images: int, test_images: int) -> Dataset:
-    """`images` of the training images, chosen at random, and the first `test_images` of the others."""
+    """`images` of the training images, chosen at random, and the first `test_images` test images."""
+    if len(data.x_train) < images or len(data.x_test) < test_images:
+        found = f"{len(data.x_train)} and {len(data.x_test)}"
+        raise DataError(f"data: expected at least {images} training and {test_images} test images, got {found}")
     chosen = np.random.default_rng(seed).permutation(len(data.x_train))[:images]
     return Dataset(data.x_train[chosen], data.y_train[chosen], data.x_test[:test_images], data.y_test[:test_images])
 

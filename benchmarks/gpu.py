@@ -1,6 +1,6 @@
 """Batch normalization on a GPU: fastbn, PyTorch (cuDNN on, off, compiled), CuPy, JAX, the copy speed; into a JSON file.
 
-    python benchmarks/cuda.py --output benchmarks/results/cuda.json [--quick]
+    python benchmarks/gpu.py --output benchmarks/results/cuda.json [--quick]
 
 Needs PyTorch with CUDA. Device time is that between two events around `CALLS` calls, after as many untimed; wall time
 is the host's, with a wait at the end; where a call costs the host more than the GPU, both say so. Contenders take turns
@@ -23,6 +23,7 @@ import torch
 
 import fastbn
 import fastbn.cuda
+from fastbn.cli.bench_cuda import TENSORS
 
 # Of ResNet-50 (C, H, W), batch 256, and few channels.
 SHAPES = [
@@ -34,8 +35,6 @@ SHAPES = [
 ] + [(64, 3, 512, 512)]  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16)
 CALLS = 10
-# operation -> tensors of x's size that move
-OPERATIONS = {"forward": 3, "inference": 2, "backward": 5}
 
 
 def contenders(shape, dtype, memory_format):
@@ -152,7 +151,7 @@ def main():
     arguments = parser.parse_args()
     reason = fastbn.cuda.why_not()
     if reason is not None or not torch.cuda.is_available():
-        sys.exit(f"benchmarks/cuda.py: no GPU: {reason or 'PyTorch sees none'}")
+        sys.exit(f"benchmarks/gpu.py: no GPU: {reason or 'PyTorch sees none'}")
     shapes, rounds = (SHAPES[1:3], 3) if arguments.quick else (SHAPES, arguments.rounds)
     cases = []
     for shape in shapes:
@@ -166,13 +165,13 @@ def main():
                         for name in random.sample(list(functions), len(functions)):
                             taken[name].append(seconds(functions[name]))
                     copies = [device for device, _ in taken["copy"]]
-                    least = OPERATIONS[operation] / 2
+                    least = TENSORS[operation] / TENSORS["copy"]
                     case = {
                         "shape": shape,
                         "dtype": str(dtype).removeprefix("torch."),
                         "layout": layout,
                         "operation": operation,
-                        "bytes": OPERATIONS[operation] * nbytes,
+                        "bytes": TENSORS[operation] * nbytes,
                         "contenders": {},
                     }
                     for name, times in taken.items():
