@@ -275,7 +275,7 @@ def batchnorm_backward(
 ) -> Gradients:
     """Gradients with respect to x, gamma, beta and residual.
 
-    With ``g`` the gradient before the activation (for relu dy where y is positive, else 0) and the statistics of the
+    With ``g`` the gradient before the activation (for relu 0 where y <= 0, else dy) and the statistics of the
     batch: ``dbeta = sum(g)``, ``dgamma = rstd * sum(g * (x - mean))`` and ``dx = gamma * rstd * (g - mean(g) - (x -
     mean) * rstd**2 * mean(g * (x - mean)))``. With running statistics, which do not depend on x, ``dx = gamma * rstd *
     g``. ``dresidual = g``.
@@ -294,6 +294,11 @@ def batchnorm_backward(
     -------
     Gradients
         Unpacks as ``dx, dgamma, dbeta`` and also has `dresidual`. dgamma and dbeta have the dtypes of gamma and beta.
+
+    Raises
+    ------
+    ArgumentError, ShapeError, DTypeError, ReadOnlyError, AliasError
+        Naming cache, dy or out. Nothing has been written then.
 
     References
     ----------

@@ -17,7 +17,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 
 class IncompatibleKeys(NamedTuple):
-    """Keys that `load_state_dict` has ignored."""
+    """What `load_state_dict` has passed over: keys of the layer that were not given, and given ones that it lacks."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -26,12 +26,15 @@ class IncompatibleKeys(NamedTuple):
 class _BatchNorm:
     """What BatchNorm1d, 2d and 3d share: all but the layout.
 
+    A layer keeps the x of its last `forward` for `backward`, in evaluation too; the functions with ``training=False``
+    keep nothing.
+
     Parameters
     ----------
     num_features : int
         Channels.
     eps : float
-        Added to the variance.
+        Added to the variance; positive if the layer is trained.
     momentum : float or None
         Weight of the new batch in the running statistics; None: their plain average over all batches so far.
     affine : bool
@@ -54,7 +57,7 @@ class _BatchNorm:
     weight_grad, bias_grad : ndarray or None
         Set (not added to) by each `backward`.
     training : bool
-        Set by `train` and `eval`.
+        True at first; set by `train` and `eval`.
     """
 
     _dimensions: ClassVar[int]

@@ -92,7 +92,13 @@ def batchnorm_stats(x: npt.ArrayLike, *, axis: int = 1, num_threads: int | None 
     Returns
     -------
     Stats
-        `count`, `mean` and `m2`; the bits do not depend on the number of threads.
+        `count`, `mean` and `m2`; the bits do not depend on the number of threads. NaN and Inf stay in their channel; of
+        an empty x the count is 0.
+
+    Raises
+    ------
+    ShapeError, DTypeError, ArgumentError
+        Naming the argument.
 
     Examples
     --------

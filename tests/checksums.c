@@ -65,9 +65,10 @@ static uint64_t hash(uint64_t h, const void *p, int64_t count, format f)
 
 static void *room(int64_t bytes)
 {
-    void *p = aligned_alloc(FASTBN_ALIGNMENT, (bytes + 4095) / 4096 * 4096);
+    const int64_t pages = (bytes + 4095) / 4096 * 4096;
+    void *p = aligned_alloc(FASTBN_ALIGNMENT, pages);
     if (!p) exit(1);
-    return p;
+    return memset(p, 0, pages);
 }
 
 enum {
@@ -102,7 +103,7 @@ static const char *const kernel_names[KERNELS] = {"stats",
 
 // The arrays of a block, for values of the largest dtype.
 static char *x, *residual, *dy, *y, *dx, *dresidual, *mask, *copied;
-static double *sums, *x_shift, *coefficients, *statistics, *found, *gradients;
+static double *sums, *x_shift, *no_shift, *coefficients, *statistics, *found, *gradients;
 
 static fastbn_operand operand(char *data, const fastbn_block *b, int planar, int64_t row_bytes)
 {
@@ -211,6 +212,7 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
         other.dy.data = x;
         other.channels = channels > NEIGHBOUR ? channels - NEIGHBOUR : channels;
         other.next_too = rows > 2;
+        if (k->sums == 2) other.x_shift = no_shift;  // sums beside a map have none
         k->backward_apply_beside_stats(&b, &other);
         h[BACKWARD_BESIDE] = hash(hash(h[BACKWARD_BESIDE], dx, count, f), sums, k->sums * per_channel, wide);
         if (masked) b.residual = operand(residual, &b, planar, b.x.channel);
@@ -249,6 +251,7 @@ int main(void)
     for (size_t i = 0; i < sizeof arrays / sizeof arrays[0]; i++) *arrays[i] = room(bytes);
     sums = room(bytes);
     x_shift = room(bytes);
+    no_shift = room(bytes);
     coefficients = room(bytes);
     statistics = room(bytes);
     found = room(bytes);

@@ -1,4 +1,4 @@
-"""The GPU: ``device="cuda"`` of all functions and layers, by kernels in Numba-CUDA (``pip install 'fastbn[cuda]'``).
+"""The GPU: ``device="cuda"`` of the forward functions and layers, by kernels in Numba-CUDA (extra ``fastbn[cuda]``).
 
 Nothing here is imported before it is asked for. docs/cuda.md shows how to use it with NumPy, CuPy and PyTorch arrays.
 """

@@ -1,6 +1,7 @@
 """A minimal trainer of convolutional networks, and an example of how to use fastbn.
 
-It needs NumPy alone; what reads data, saves and draws is imported where it is used, from the extra ``fastbn[train]``.
+Layers, networks and optimizers need NumPy alone. What `fit`, data sets, checkpoints and pictures need is imported where
+it is used, from the extra ``fastbn[train]``.
 """
 
 from fastbn.nn.checkpoint import CheckpointError

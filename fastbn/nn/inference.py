@@ -66,7 +66,7 @@ def recalibrate(model: LayerLike, x: Array, batch_size: int = 256) -> None:
 def fold(model: Model) -> Model:
     """A copy for inference, in which batch normalization right behind a convolution or linear layer is part of it.
 
-    Of the activations that may be fused with it, only relu; what takes a residual stays as it is.
+    It stays as it is where it has another activation than relu, or is the join of a `Residual`.
     """
     model = copy.deepcopy(model)
     for part in walk(model):
