@@ -28,6 +28,12 @@ cdef struct Job:
     # arrays
     Array x, residual, dy, y, dx, dresidual
     char *mask
+    # what that means
+    int64_t run        # bytes of a plane
+    bint packed        # some array is strided: blocks pass through `packing`
+    bint large         # all arrays together are too large for the caches
+    bint adjoining     # planar: the map takes neighbouring planes as one row
+    bint shared_bytes  # planes have bytes of the mask in common, but must not with those of another group
     # how it is cut: blocks of a channel (planar) or of rows (interleaved), in groups of channels; a unit is one block
     # of one group
     int64_t blocks
@@ -46,23 +52,22 @@ cdef struct Job:
     int64_t units
     int64_t map_rows  # interleaved: map goes over whole rows, so many a unit
     int64_t map_units
-    int64_t finished  # channels that are finished together, in phases
+    int64_t channels_per_finish  # in phases
     bint by_channel   # planar: all three steps for a group before the next
     bint staggered    # and the map of a group beside the reduce of the next
     bint in_order     # planar, adjoining: map goes row by row, with coefficients picked for each vector
     bint map_asks     # forward's map reads memory, and asks for it ahead
     bint reduce_asks  # planar: reduce reads what the caches may not have any more, and asks for it ahead
     bint next_too     # what the reduce of the next group will read is asked for: it is small, and this processor gains
+    int64_t stream_bytes  # of all arrays: so large, results are stored past the caches
+    bint stream
+    bint again        # in the course of the job: reduce does only the channels to redo
     # scratch, one allocation
     char *taken  # tasks of each thread's part that have been taken, a line of the cache each
     char *waiting  # staggered: the group of a thread that has yet to be mapped, or -1, likewise
     double *sums
-    bint again        # reduce does only those
-    bint packed       # some array is strided: blocks pass through `packing`
     char *packing     # a part for each thread
     int64_t packing_size
-    int64_t stream_bytes  # of all arrays: so large, results are stored past the caches
-    bint stream
 
 
 cdef enum:
@@ -210,12 +215,12 @@ cdef bint takes_in_order(Job *job) noexcept nogil:
                  or (measured.in_order and job.kernels.picks_cheaply)))
 
 
-cdef bint adjoining_pays(Job *job, bint large, bint shared_bytes) noexcept nogil:
+cdef bint adjoining_pays(Job *job) noexcept nogil:
     """Whether map takes planes that adjoin as one row: from memory, for the sake of whole lines of the cache; in the
     caches, those for which their coefficients were measured to cost less than their tails."""
-    if job.mask != NULL and not shared_bytes:
-        return job.outer >= SPREAD_ROWS and (large or job.inner < MASKED_COLUMNS)
-    if large or shared_bytes:
+    if job.mask != NULL and not job.shared_bytes:
+        return job.outer >= SPREAD_ROWS and (job.large or job.inner < MASKED_COLUMNS)
+    if job.large or job.shared_bytes:
         return True
     if job.outer <= UNSPREAD_ROWS and not job.in_order:
         return False
@@ -226,117 +231,142 @@ cdef bint adjoining_pays(Job *job, bint large, bint shared_bytes) noexcept nogil
     return job.reduce == NULL or job.inner % FASTBN_LANES != 0
 
 
+cdef bint is_adjoining(Job *job) noexcept nogil:
+    """Whether the planes of neighbouring channels adjoin in all arrays, and are short."""
+    return (job.planar and not job.packed and job.run < LONG_RUN_BYTES
+            and is_dense(job, &job.x) and is_dense(job, &job.residual) and is_dense(job, &job.dy)
+            and is_dense(job, &job.y) and is_dense(job, &job.dx) and is_dense(job, &job.dresidual))
+
+
+cdef void cut_planar(Job *job, int64_t piece) noexcept nogil:
+    """Blocks of channels, groups and units. Without sums, which want blocks of a fixed size, blocks are pieces of so
+    many bytes in the order of memory."""
+    cdef bint in_pieces = job.reduce == NULL and not job.packed
+    # So many channels are whole lines of the cache (and bytes of a mask).
+    cdef int64_t whole = FASTBN_LANES // gcd(job.inner, FASTBN_LANES)
+    cdef int64_t values, unit_bytes = PHASE_UNIT_BYTES
+    job.segment = FASTBN_PLANAR_BLOCK
+    if in_pieces:
+        job.segment = max(1, piece // job.kernels.itemsize // FASTBN_PLANAR_BLOCK) * FASTBN_PLANAR_BLOCK
+    job.segments = max(1, ceil_div(job.inner, job.segment))
+    job.rows_per_block = 1
+    if job.adjoining and job.reduce == NULL:
+        job.rows_per_block = max(1, piece // (job.channels * job.run))
+        if not job.in_order:
+            job.rows_per_block = max(job.rows_per_block, SPREAD_ROWS)
+    elif job.segments == 1 and not in_pieces:
+        job.rows_per_block = max(1, FASTBN_PLANAR_BLOCK // job.inner)
+    job.rows_per_block = min(job.rows_per_block, job.outer)
+    job.blocks = job.segments * ceil_div(job.outer, job.rows_per_block)
+    if job.adjoining and job.reduce == NULL:
+        job.group = min(max(1, piece // (job.rows_per_block * job.run)), job.channels)
+    else:
+        values = job.rows_per_block * min(job.inner, job.segment)
+        if job.by_channel:
+            values = job.outer * job.inner
+            unit_bytes = LARGE_UNIT_BYTES if job.large else UNIT_BYTES
+        job.group = max(1, min(unit_bytes // (values * job.kernels.itemsize), job.channels // job.threads))
+    # Groups begin with whole lines, or are pairs, which sums take in turns.
+    job.grain = whole if job.shared_bytes else min(job.group, whole if job.adjoining else 2)
+    job.group = max(job.group - job.group % job.grain, job.grain)
+    job.groups = ceil_div(job.channels, job.group)
+    job.shares = 1
+    if job.by_channel:  # as many for each thread
+        job.groups = min(ceil_div(job.groups, job.threads) * job.threads, ceil_div(job.channels, job.grain))
+        if job.groups % job.threads == 0:
+            job.shares = job.threads
+
+
+cdef void cut_interleaved(Job *job) noexcept nogil:
+    """Blocks of rows, and groups of their columns."""
+    cdef int64_t rows = job.outer // job.fold
+    job.blocks = ceil_div(rows, FASTBN_INTERLEAVED_BLOCK) + (rows * job.fold < job.outer)
+    job.group = GROUP_COLUMNS if job.fold == 1 else job.width
+    while (job.fold == 1 and job.group > LEAST_COLUMNS
+           and job.blocks * ceil_div(job.width, job.group) < job.threads * UNITS_PER_THREAD):
+        job.group //= 2
+    job.groups = ceil_div(job.width, job.group)
+
+
+cdef void cut_interleaved_map(Job *job, const char *written, int64_t x_bytes) noexcept nogil:
+    """Units of its rows. Streaming pays where they consist of whole lines of the cache, or are so long that the lines
+    at their ends do not matter."""
+    cdef int64_t rows, units, unit_bytes = max(LEAST_UNIT_BYTES, min(UNIT_BYTES, x_bytes // job.threads))
+    job.stream = job.stream and (align_rows(job, written) or job.width * job.kernels.itemsize >= LONG_RUN_BYTES)
+    rows = job.outer // job.map_fold
+    job.map_rows = max(1, unit_bytes // (job.map_width * job.kernels.itemsize))
+    units = ceil_div(rows, job.map_rows)
+    if units > job.threads:  # as many for each thread
+        job.map_rows = ceil_div(rows, ceil_div(units, job.threads) * job.threads)
+    job.map_units = ceil_div(rows, job.map_rows) + (rows * job.map_fold < job.outer)
+
+
+cdef void choose_tactics(Job *job, int64_t all_bytes) noexcept nogil:
+    """What goes beside what, and who asks for memory ahead, as measured on this kind of processor."""
+    cdef bint one_by_one = job.by_channel and job.map != NULL and not job.packed
+    cdef int64_t together = job.group * job.outer * job.run  # what reduce reads of a group
+    if job.dy.data == NULL:
+        job.staggered = (one_by_one and (job.large or together >= STAGGERED_BYTES)
+                         and (job.run >= LONG_RUN_BYTES or (job.adjoining and job.inner >= FASTBN_LANES)))
+        job.next_too = measured.next_too and job.staggered and together < STAGGERED_BYTES
+    else:
+        job.next_too = measured.next_too and one_by_one and job.large and 2 * together < NEXT_BYTES
+        job.staggered = (one_by_one and job.run >= LONG_RUN_BYTES and not job.next_too
+                         and (job.large or 2 * together >= NEXT_BYTES))
+    # Few rows are not worth turns with sums.
+    job.in_order = job.in_order and (not job.staggered or job.outer <= UNSPREAD_ROWS)
+    # Where stores go past the caches row by row, they hold up the reading of x also after sums.
+    job.map_asks = (job.large and job.dy.data == NULL
+                    and (job.reduce == NULL or (not job.planar and not measured.tiled)))
+    job.reduce_asks = all_bytes >= measured.ask_ahead
+
+
+cdef void tell_finish(Job *job) noexcept nogil:
+    job.known.channels, job.known.count = job.channels, <double>(job.outer * job.inner)
+    job.known.plane, job.known.positions, job.known.across = job.width, job.positions, job.across
+    job.known.columns = job.map_width + job.lead
+    job.known.coefficient_plane = job.map_width
+    if job.lead > 0:  # by a whole line, as all planes begin with one
+        job.known.coefficient_plane += FASTBN_ALIGNMENT // job.kernels.itemsize
+
+
 cdef void cut(Job *job) noexcept nogil:
     """Fix blocks and units. Nothing that cuts a sum depends on anything but the shape."""
-    cdef int64_t rows, values, unit, piece, whole, arrays, all_bytes
-    cdef int64_t run = job.inner * job.kernels.itemsize, total = job.outer * job.channels * run, together
-    cdef bint adjoining, large, one_by_one, shared_bytes
-    cdef const char *written
-    cdef double least_large
+    cdef int64_t x_bytes = job.outer * job.channels * job.inner * job.kernels.itemsize
+    cdef int64_t all_bytes = x_bytes * (1 + (job.residual.data != NULL) + (job.dy.data != NULL) + (job.y.data != NULL)
+                                        + (job.dx.data != NULL) + (job.dresidual.data != NULL))
+    cdef const char *written = job.y.data if job.dy.data == NULL else job.dx.data
+    cdef int64_t channels = job.channels
+    cdef double least_large = job.stream_bytes
+    job.run = job.inner * job.kernels.itemsize
     job.across = job.channels * job.positions
     job.fold = fold_of(job.planar, job.across)
     job.width = job.fold * job.across
     job.packed = (is_strided(job, &job.x) or is_strided(job, &job.residual) or is_strided(job, &job.dy)
                   or is_strided(job, &job.y) or is_strided(job, &job.dx) or is_strided(job, &job.dresidual))
-    adjoining = (job.planar and not job.packed and run < LONG_RUN_BYTES
-                 and is_dense(job, &job.x) and is_dense(job, &job.residual) and is_dense(job, &job.dy)
-                 and is_dense(job, &job.y) and is_dense(job, &job.dx) and is_dense(job, &job.dresidual))
-    job.segments = 1
-    job.segment = FASTBN_PLANAR_BLOCK
-    piece = min(PHASE_UNIT_BYTES, total // (job.threads * UNITS_PER_THREAD))  # without sums to cut
-    if job.reduce == NULL and not job.packed:
-        job.segment = max(1, piece // job.kernels.itemsize // FASTBN_PLANAR_BLOCK) * FASTBN_PLANAR_BLOCK
-    whole = FASTBN_LANES // gcd(job.inner, FASTBN_LANES)  # so many channels are whole lines of the cache
-    # Planes may have bytes of the mask in common: but not with those of another group.
-    shared_bytes = (job.planar and job.mask != NULL
-                    and mask_plane(job.outer, job.inner, job.kernels.itemsize) % FASTBN_LANES != 0)
-    job.by_channel = (job.planar and job.reduce != NULL and not job.finite_first
-                      and balanced(ceil_div(job.channels, whole) if shared_bytes else job.channels, job.threads))
-    arrays = (1 + (job.residual.data != NULL) + (job.dy.data != NULL) + (job.y.data != NULL) + (job.dx.data != NULL)
-              + (job.dresidual.data != NULL))
-    all_bytes = total * arrays
-    # Too large for the caches together.
-    least_large = job.stream_bytes
+    job.shared_bytes = (job.planar and job.mask != NULL
+                        and mask_plane(job.outer, job.inner, job.kernels.itemsize) % FASTBN_LANES != 0)
+    if job.shared_bytes:
+        channels = ceil_div(job.channels, FASTBN_LANES // gcd(job.inner, FASTBN_LANES))
+    job.by_channel = (job.planar and job.reduce != NULL and not job.finite_first and balanced(channels, job.threads))
     if job.by_channel:
         least_large *= <double>measured.stream_by_channel / measured.stream
-    large = all_bytes >= least_large
+    job.large = all_bytes >= least_large
     job.in_order = takes_in_order(job)
-    adjoining = adjoining and adjoining_pays(job, large, shared_bytes)
+    job.adjoining = is_adjoining(job) and adjoining_pays(job)
     if job.planar:
-        if job.inner > job.segment:
-            job.segments = ceil_div(job.inner, job.segment)
-        if job.segments > 1 or (job.reduce == NULL and not job.packed):  # without sums, in the order of memory
-            job.rows_per_block = 1
-        else:
-            job.rows_per_block = min(job.outer, max(1, FASTBN_PLANAR_BLOCK // job.inner))
-        job.blocks = job.segments * ceil_div(job.outer, job.rows_per_block)
-        values = job.outer * job.inner if job.by_channel else job.rows_per_block * min(job.inner, job.segment)
-        unit = (LARGE_UNIT_BYTES if large else UNIT_BYTES) if job.by_channel else PHASE_UNIT_BYTES
-        job.group = max(1, min(unit // (values * job.kernels.itemsize), job.channels // job.threads))
-        if adjoining and job.reduce == NULL:
-            rows = max(1, piece // (job.channels * run))
-            if not job.in_order:
-                rows = max(rows, SPREAD_ROWS)
-            job.rows_per_block = min(rows, job.outer)
-            job.blocks = ceil_div(job.outer, job.rows_per_block)
-            job.group = min(max(1, piece // (job.rows_per_block * run)), job.channels)
-        # Whole lines (and bytes), or pairs, which sums take in turns.
-        job.grain = whole if shared_bytes else min(job.group, whole if adjoining else 2)
-        job.group = max(job.group - job.group % job.grain, job.grain)
-        job.groups = ceil_div(job.channels, job.group)
-        job.shares = 1
-        if job.by_channel:  # as many for each thread
-            job.groups = min(ceil_div(job.groups, job.threads) * job.threads, ceil_div(job.channels, job.grain))
-            if job.groups % job.threads == 0:
-                job.shares = job.threads
+        cut_planar(job, min(PHASE_UNIT_BYTES, x_bytes // (job.threads * UNITS_PER_THREAD)))
     else:
-        rows = job.outer // job.fold
-        job.blocks = ceil_div(rows, FASTBN_INTERLEAVED_BLOCK) + (rows * job.fold < job.outer)
-        job.group = GROUP_COLUMNS if job.fold == 1 else job.width
-        while (job.fold == 1 and job.group > LEAST_COLUMNS
-               and job.blocks * ceil_div(job.width, job.group) < job.threads * UNITS_PER_THREAD):
-            job.group //= 2
-        job.groups = ceil_div(job.width, job.group)
+        cut_interleaved(job)
     job.units = job.map_units = job.groups * job.blocks
-    # Streaming pays where the arrays are large; and where rows consist of whole lines of the cache, or are so long that
-    # the lines at their ends do not matter.
-    written = job.y.data if job.dy.data == NULL else job.dx.data
-    job.stream = (large and written != NULL and written != job.x.data and written != job.residual.data
-                  and written != job.dy.data)
     job.map_fold, job.map_width, job.lead = job.fold, job.width, 0
+    job.stream = (job.large and written != NULL and written != job.x.data and written != job.residual.data
+                  and written != job.dy.data)
     if job.planar:
-        job.stream = job.stream and (adjoining or run >= LONG_RUN_BYTES)
+        job.stream = job.stream and (job.adjoining or job.run >= LONG_RUN_BYTES)
     else:
-        job.stream = job.stream and (align_rows(job, written)
-                                     or job.width * job.kernels.itemsize >= LONG_RUN_BYTES)
-        rows = job.outer // job.map_fold
-        piece = max(LEAST_UNIT_BYTES, min(UNIT_BYTES, total // job.threads))
-        job.map_rows = max(1, piece // (job.map_width * job.kernels.itemsize))
-        unit = ceil_div(rows, job.map_rows)
-        if unit > job.threads:  # as many for each thread
-            job.map_rows = ceil_div(rows, ceil_div(unit, job.threads) * job.threads)
-        job.map_units = ceil_div(rows, job.map_rows) + (rows * job.map_fold < job.outer)
-    job.known.coefficient_plane = job.map_width
-    if job.lead > 0:  # by a whole line, as all planes begin with one
-        job.known.coefficient_plane += FASTBN_ALIGNMENT // job.kernels.itemsize
-    job.known.channels, job.known.count = job.channels, <double>(job.outer * job.inner)
-    job.known.plane, job.known.positions, job.known.across = job.width, job.positions, job.across
-    job.known.columns = job.map_width + job.lead
-    if adjoining:
+        cut_interleaved_map(job, written, x_bytes)
+    if job.adjoining:
         job.map, job.map_beside_reduce = job.map_adjoining, job.map_adjoining_beside_reduce
-    one_by_one = job.by_channel and job.map != NULL and not job.packed
-    together = job.group * job.outer * run  # what reduce reads of a group
-    if job.dy.data == NULL:
-        job.staggered = (one_by_one and (large or together >= STAGGERED_BYTES)
-                         and (run >= LONG_RUN_BYTES or (adjoining and job.inner >= FASTBN_LANES)))
-        job.next_too = measured.next_too and job.staggered and together < STAGGERED_BYTES
-    else:
-        job.next_too = measured.next_too and one_by_one and large and 2 * together < NEXT_BYTES
-        job.staggered = (one_by_one and run >= LONG_RUN_BYTES and not job.next_too
-                         and (large or 2 * together >= NEXT_BYTES))
-    # Few rows are not worth turns with sums.
-    job.in_order = job.in_order and (not job.staggered or job.outer <= UNSPREAD_ROWS)
-    # Where stores go past the caches row by row, they hold up the reading of x also after sums.
-    job.map_asks = (large and job.dy.data == NULL
-                    and (job.reduce == NULL or (not job.planar and not measured.tiled)))
-    job.reduce_asks = all_bytes >= measured.ask_ahead
+    choose_tactics(job, all_bytes)
+    tell_finish(job)

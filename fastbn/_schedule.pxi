@@ -231,7 +231,7 @@ cdef void map_units(Job *job, int thread, int64_t first, int64_t last) noexcept 
 
 cdef void finish_units(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
     """A unit is some channels, whole lines of the cache where there are enough of them for all threads."""
-    first, last = first * job.finished, min(last * job.finished, job.channels)
+    first, last = first * job.channels_per_finish, min(last * job.channels_per_finish, job.channels)
     if job.again:
         finish_redone(job, first, last)
     else:
@@ -364,8 +364,8 @@ cdef void run_in_phases(Job *job) noexcept nogil:
                      else job.blocks * job.width + job.channels < SERIAL_SUMS)
     cdef int finishers = 1 if few else job.threads
     job.again = False
-    job.finished = max(1, min(FASTBN_ALIGNMENT // sizeof(double), ceil_div(job.channels, finishers)))
-    units = ceil_div(job.channels, job.finished)
+    job.channels_per_finish = max(1, min(FASTBN_ALIGNMENT // sizeof(double), ceil_div(job.channels, finishers)))
+    units = ceil_div(job.channels, job.channels_per_finish)
     if job.reduce != NULL:
         phase(job, shift_channels, job.channels, finishers if job.planar and shifts_by_first(job) else 1, False)
         phase(job, reduce_units, job.units, job.threads, False)

@@ -42,11 +42,20 @@ def test_docs_code_runs(page, extra, tmp_path, monkeypatch):
         exec(compile(block, f"{page}, Python block {number + 1}", "exec"), names)
 
 
+def anchors(page):
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
 def test_docs_links_lead_somewhere(page):
     prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.S)
-    links = re.findall(r"\]\(([^)#:]+)\)", prose)
-    assert not [link for link in links if not (page.parent / link).exists()]
+    for link in re.findall(r"\]\(([^):]+)\)", prose):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
 
 
 def test_docs_named_tests_exist():

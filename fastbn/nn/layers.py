@@ -100,17 +100,22 @@ class Layer:
         return self.forward(x)
 
     def forward(self, x: Array, /) -> Array:
+        """The output; keeps what `backward` needs."""
         raise NotImplementedError
 
     def backward(self, dy: Array, /) -> Array:
+        """The gradient of the x of the last `forward`; leaves those of the parameters in ``weight_grad`` and
+        ``bias_grad``."""
         raise NotImplementedError
 
     def train(self) -> None:
+        """Switch to training, with all layers within."""
         self.training = True
         for layer in self.layers:
             layer.train()
 
     def eval(self) -> None:
+        """Switch to inference, with all layers within."""
         self.training = False
         for layer in self.layers:
             layer.eval()

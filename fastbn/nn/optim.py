@@ -25,6 +25,14 @@ class SGD:
     """Gradient descent with momentum and weight decay, by PyTorch's rule.
 
     ``v = momentum * v + gradient + weight_decay * value`` and ``value -= lr * v``, in place, for all parameters.
+
+    Parameters
+    ----------
+    model : layer
+        After its `backward`, `step` changes its parameters and those of its ``layers``.
+    lr : float
+        The learning rate; may be set between steps.
+    momentum, weight_decay : float
     """
 
     def __init__(self, model: LayerLike, lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
@@ -52,6 +60,15 @@ class Adam:
 
     Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015, arXiv:1412.6980, algorithm 1; weight decay is
     added to the gradient, as in PyTorch.
+
+    Parameters
+    ----------
+    model, lr, weight_decay
+        As in `SGD`.
+    betas : (float, float)
+        Weights of the past in the averages of the gradient and of its square.
+    eps : float
+        Added to the root of the second.
     """
 
     def __init__(
@@ -96,6 +113,7 @@ Schedule = Callable[[float], float]
 
 
 def constant(epochs: float) -> float:
+    """Always 1."""
     return 1.0
 
 
