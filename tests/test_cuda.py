@@ -8,6 +8,7 @@ import functools
 import json
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -156,6 +157,31 @@ def test_cuda_activations(activation, with_residual, training):
         running = np.full(3, 0.25, np.float32), np.full(3, 2.0, np.float32)
         cpu, gpu = both(x, dy, gamma, beta, activation, residual if with_residual else None, running, training)
         compare(cpu, gpu, np.dtype(dtype))
+
+
+@pytest.mark.skipif(not _access.SIMULATOR, reason="of the simulator")
+def test_cuda_threads_of_the_simulator_share_arrays():
+    """However often Python changes threads: Numba's own class gives two arrays in every fifteenth of these trials."""
+    from numba.cuda.simulator import kernelapi
+
+    def ask(shared, barrier, given):
+        barrier.wait()
+        given.append(shared.array((4, 4), np.float64))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(200):
+            given, barrier = [], threading.Barrier(32)
+            arguments = kernelapi.FakeCUDAShared(0), barrier, given
+            threads = [threading.Thread(target=ask, args=arguments) for _ in range(32)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(given) == 32 and all(array is given[0] for array in given)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_cuda_shapes_of_these_tests_take_every_way():
