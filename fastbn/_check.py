@@ -267,6 +267,12 @@ def parameter(name: str, value: Any, channels: int, owner: str = "x") -> Array:
     return vector
 
 
+def _distinct(name: str, array: Array) -> None:
+    """An array that is written has no two elements at the same place."""
+    if not _layout.separate(array.strides, array.shape, array.itemsize):
+        raise AliasError(f"{name}: expected elements that do not overlap, got strides {array.strides}")
+
+
 def _running(name: str, value: Any, channels: int, update: bool) -> Array:
     """A running statistic; one that will be updated must be an array that can be written."""
     if update and not isinstance(value, np.ndarray):
@@ -274,8 +280,8 @@ def _running(name: str, value: Any, channels: int, update: bool) -> Array:
     vector = parameter(name, value, channels)
     if update and not vector.flags.writeable:
         raise ReadOnlyError(f"{name}: expected a writable array, which training updates in place, got a read-only one")
-    if update and channels > 1 and abs(vector.strides[0]) < vector.itemsize:
-        raise AliasError(f"{name}: expected elements that do not overlap, got strides {vector.strides}")
+    if update:
+        _distinct(name, vector)
     return vector
 
 
@@ -345,8 +351,7 @@ def out_view(buffer: Array, axis: int, planar: bool) -> _layout.View:
             f"out: expected aligned memory in the order of x, got strides {buffer.strides}; pass np.empty_like(x), "
             "or np.empty(x.shape, x.dtype) if x itself has to be copied"
         )
-    if not _layout.separate(view.strides, view.shape, buffer.itemsize):
-        raise AliasError(f"out: expected elements that do not overlap, got strides {buffer.strides}")
+    _distinct("out", buffer)
     return view
 
 

@@ -249,23 +249,20 @@ cdef void cut_planar(Job *job, int64_t piece) noexcept nogil:
     if in_pieces:
         job.segment = max(1, piece // job.kernels.itemsize // FASTBN_PLANAR_BLOCK) * FASTBN_PLANAR_BLOCK
     job.segments = max(1, ceil_div(job.inner, job.segment))
-    job.rows_per_block = 1
     if job.adjoining and job.reduce == NULL:
-        job.rows_per_block = max(1, piece // (job.channels * job.run))
-        if not job.in_order:
-            job.rows_per_block = max(job.rows_per_block, SPREAD_ROWS)
-    elif job.segments == 1 and not in_pieces:
-        job.rows_per_block = max(1, FASTBN_PLANAR_BLOCK // job.inner)
-    job.rows_per_block = min(job.rows_per_block, job.outer)
-    job.blocks = job.segments * ceil_div(job.outer, job.rows_per_block)
-    if job.adjoining and job.reduce == NULL:
+        job.rows_per_block = max(1 if job.in_order else SPREAD_ROWS, piece // (job.channels * job.run))
+        job.rows_per_block = min(job.rows_per_block, job.outer)
         job.group = min(max(1, piece // (job.rows_per_block * job.run)), job.channels)
     else:
+        job.rows_per_block = 1
+        if job.segments == 1 and not in_pieces:
+            job.rows_per_block = min(job.outer, max(1, FASTBN_PLANAR_BLOCK // job.inner))
         values = job.rows_per_block * min(job.inner, job.segment)
         if job.by_channel:
             values = job.outer * job.inner
             unit_bytes = LARGE_UNIT_BYTES if job.large else UNIT_BYTES
         job.group = max(1, min(unit_bytes // (values * job.kernels.itemsize), job.channels // job.threads))
+    job.blocks = job.segments * ceil_div(job.outer, job.rows_per_block)
     # Groups begin with whole lines, or are pairs, which sums take in turns.
     job.grain = whole if job.shared_bytes else min(job.group, whole if job.adjoining else 2)
     job.group = max(job.group - job.group % job.grain, job.grain)

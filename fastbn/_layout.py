@@ -155,8 +155,8 @@ def plan(x: Array, axis: int) -> Plan:
 
 
 @lru_cache(maxsize=4096)
-def separate(strides: Triple, shape: Triple, itemsize: int) -> bool:
-    """Whether no two elements of a view share memory, so that it can be written."""
+def separate(strides: Extents, shape: Extents, itemsize: int) -> bool:
+    """Whether no two elements of an array share memory, so that it can be written."""
     span = itemsize
     if 0 in shape:
         return True

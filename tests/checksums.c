@@ -212,11 +212,12 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
         other.dy.data = x;
         other.channels = channels > NEIGHBOUR ? channels - NEIGHBOUR : channels;
         other.next_too = rows > 2;
-        if (k->sums == 2) other.x_shift = no_shift;  // sums beside a map have none
         k->backward_apply_beside_stats(&b, &other);
         h[BACKWARD_BESIDE] = hash(hash(h[BACKWARD_BESIDE], dx, count, f), sums, k->sums * per_channel, wide);
         if (masked) b.residual = operand(residual, &b, planar, b.x.channel);
+        if (k->sums == 2) other.x_shift = no_shift;  // beside forward's map, sums have none
         k->apply_beside_stats(&b, &other);
+        other.x_shift = x_shift;
         h[BESIDE] = hash(hash(h[BESIDE], y, count, f), sums, k->sums * per_channel, wide);
         for (int with_mask = masked; with_mask >= 0; with_mask--) {
             if (!with_mask) b.mask = (fastbn_operand){0};

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -164,22 +165,18 @@ def test_cuda_threads_of_the_simulator_share_arrays():
     """However often Python changes threads: Numba's own class gives two arrays in every fifteenth of these trials."""
     from numba.cuda.simulator import kernelapi
 
-    def ask(shared, barrier, given):
+    def ask(shared, barrier):
         barrier.wait()
-        given.append(shared.array((4, 4), np.float64))
+        return shared.array((4, 4), np.float64)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        for _ in range(200):
-            given, barrier = [], threading.Barrier(32)
-            arguments = kernelapi.FakeCUDAShared(0), barrier, given
-            threads = [threading.Thread(target=ask, args=arguments) for _ in range(32)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            assert len(given) == 32 and all(array is given[0] for array in given)
+        with ThreadPoolExecutor(32) as pool:
+            for _ in range(200):
+                shared, barrier = kernelapi.FakeCUDAShared(0), threading.Barrier(32)
+                asked = [pool.submit(ask, shared, barrier) for _ in range(32)]
+                assert len({id(future.result()) for future in asked}) == 1
     finally:
         sys.setswitchinterval(interval)
 

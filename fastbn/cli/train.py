@@ -125,11 +125,11 @@ def resolve(args: argparse.Namespace) -> tuple[dict[str, Any], checkpoint.Checkp
     saved = checkpoint.load(args.resume)
     check_config(args.resume, saved.config)
     for name, value in given.items():
-        if name == "epochs" and (saved.config.get("schedule") == "constant" or value == saved.config.get(name)):
+        if name == "epochs" and (saved.config["schedule"] == "constant" or value == saved.config[name]):
             continue
-        if name == "epochs" or value != saved.config.get(name):
+        if name == "epochs" or value != saved.config[name]:
             option = "--no-bn" if name == "batch_norm" else f"--{name.replace('_', '-')} {value}"
-            raise UsageError(f"{option}: {args.resume} was trained with {name} = {saved.config.get(name)}")
+            raise UsageError(f"{option}: {args.resume} was trained with {name} = {saved.config[name]}")
     config = saved.config | given
     if len(saved.history) >= config["epochs"]:
         raise UsageError(f"{args.resume} has {len(saved.history)} epochs already: --epochs must ask for more")

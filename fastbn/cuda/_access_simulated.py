@@ -15,7 +15,7 @@ from ._plan import FORMATS
 
 class _Shared(kernelapi.FakeCUDAShared):  # type: ignore[misc]  # of a module without types
     """Shared arrays, which are known by the line that asks for them. Numba's simulator looks whether there is one and
-    then makes it, so that two threads may have one each: it happened once in some 100,000 launches."""
+    then makes it, so that two threads may have one each."""
 
     def array(self, shape: Any, dtype: Any, alignment: Any = None) -> Any:
         caller = sys._getframe(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -21,7 +22,21 @@ class Optimizer(Protocol):
     def load_state_dict(self, state: Mapping[str, Array], /) -> None: ...
 
 
-class SGD:
+class _WithState(ABC):
+    """What optimizers share: their arrays, copied out and in."""
+
+    @abstractmethod
+    def _state(self) -> State:
+        """Those that `step` changes besides the parameters, by name."""
+
+    def state_dict(self) -> State:
+        return copies(self._state())
+
+    def load_state_dict(self, state: Mapping[str, Array], /) -> None:
+        copy_into(self._state(), state)
+
+
+class SGD(_WithState):
     """Gradient descent with momentum and weight decay, by PyTorch's rule.
 
     ``v = momentum * v + gradient + weight_decay * value`` and ``value -= lr * v``, in place, for all parameters.
@@ -45,17 +60,11 @@ class SGD:
             velocity += gradient + self.weight_decay * value
             value -= self.lr * velocity
 
-    def state_dict(self) -> State:
-        return copies(self._state())
-
-    def load_state_dict(self, state: Mapping[str, Array], /) -> None:
-        copy_into(self._state(), state)
-
     def _state(self) -> State:
         return {f"velocity.{i}": velocity for i, velocity in enumerate(self.velocities)}
 
 
-class Adam:
+class Adam(_WithState):
     """Steps of about the size `lr`, whatever the size of the gradients.
 
     Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015, arXiv:1412.6980, algorithm 1; weight decay is
@@ -95,12 +104,6 @@ class Adam:
             mean += (1 - beta1) * (gradient - mean)
             square += (1 - beta2) * (gradient * gradient - square)
             value -= scale * mean / (np.sqrt(square) / root + self.eps)
-
-    def state_dict(self) -> State:
-        return copies(self._state())
-
-    def load_state_dict(self, state: Mapping[str, Array], /) -> None:
-        copy_into(self._state(), state)
 
     def _state(self) -> State:
         averages = (("mean", self.means), ("square", self.squares))

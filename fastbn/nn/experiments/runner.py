@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -16,10 +16,18 @@ from fastbn.nn.checkpoint import write_atomically
 from fastbn.nn.data import DataError, Dataset
 from fastbn.nn.experiments.protocol import Experiment, Result
 
-Record = dict[str, Any]  # what a JSON file holds: the keys of `new_record`
-KEYS = {"experiment", "quick", "setting", "machine", "runs"}
 QUICK = {"test_images": 360}  # more than that the digits do not have
 DIGITS = 5  # significant ones of the numbers in a file
+
+
+class Record(TypedDict):
+    """What a JSON file holds."""
+
+    experiment: str
+    quick: bool
+    setting: dict[str, Any]
+    machine: dict[str, str]
+    runs: dict[str, dict[str, Any]]
 
 
 class RecordError(ValueError):
@@ -37,7 +45,7 @@ def read(path: Path) -> Record:
         record: Record = json.loads(path.read_text())
     except ValueError as error:
         raise RecordError(f"{path}: no record of an experiment ({error})") from error
-    missing = KEYS - record.keys() if isinstance(record, dict) else KEYS
+    missing = Record.__required_keys__.difference(record if isinstance(record, dict) else ())
     if missing:
         raise RecordError(f"{path}: no record of an experiment (without {', '.join(sorted(missing))})")
     return record
