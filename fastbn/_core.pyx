@@ -72,7 +72,7 @@ cdef extern from "fastbn.h" nogil:
         int activation
         double negative_slope
         int training, stream
-        int ask_ahead, next_too, in_order, tiled
+        int ask_ahead, next_too, in_order, tiled, row_by_row
         int64_t far, rows_ahead, then_row, short_row
 
     ctypedef struct fastbn_copy2d:
@@ -116,8 +116,8 @@ cdef extern from "fastbn.h" nogil:
     int fastbn_isa_count()
     ctypedef struct fastbn_sizes:
         const char *processor
-        int64_t stream, stream_by_channel, ask_ahead, far, far_beside
-        int next_too, tiled, in_order
+        int64_t stream, stream_by_channel, stream_given, ask_ahead, far, far_beside
+        int next_too, tiled, in_order, row_by_row
 
     int fastbn_sizes_count()
     const fastbn_sizes *fastbn_get_sizes(int index)

@@ -57,7 +57,8 @@ cdef struct Job:
     bint staggered    # and the map of a group beside the reduce of the next
     bint in_order     # planar, adjoining: map goes row by row, with coefficients picked for each vector
     bint map_asks     # forward's map reads memory, and asks for it ahead
-    bint reduce_asks  # planar: reduce reads what the caches may not have any more, and asks for it ahead
+    bint reduce_asks  # reduce reads what the caches may not have any more, and asks for it (interleaved: further) ahead
+    bint row_by_row   # interleaved: map does not take several rows together
     bint next_too     # what the reduce of the next group will read is asked for: it is small, and this processor gains
     int64_t stream_bytes  # of all arrays: so large, results are stored past the caches
     bint stream
@@ -100,8 +101,9 @@ cdef enum:
     # given, until another has sent what it knows of them to the core that needs it next.
     SERIAL_SUMS = 3 << 10
     SERIAL_CHANNELS = 8 << 10
-    # The map takes shorter runs as one, if they adjoin.
+    # The map takes shorter runs as one, if they adjoin; and shorter rows from afar together.
     LONG_RUN_BYTES = 2 << 10
+    LONG_ROW_BYTES = 256
     # Rows of adjoining planes for which spreading their coefficients pays, if they are not taken in order; and rows for
     # which it does not.
     SPREAD_ROWS = 16
@@ -302,6 +304,7 @@ cdef void choose_tactics(Job *job, int64_t all_bytes) noexcept nogil:
     """What goes beside what, and who asks for memory ahead, as measured on this kind of processor."""
     cdef bint one_by_one = job.by_channel and job.map != NULL and not job.packed
     cdef int64_t together = job.group * job.outer * job.run  # what reduce reads of a group
+    cdef bint far = all_bytes >= measured.ask_ahead
     if job.dy.data == NULL:
         job.staggered = (one_by_one and (job.large or together >= STAGGERED_BYTES)
                          and (job.run >= LONG_RUN_BYTES or (job.adjoining and job.inner >= FASTBN_LANES)))
@@ -315,7 +318,10 @@ cdef void choose_tactics(Job *job, int64_t all_bytes) noexcept nogil:
     # Where stores go past the caches row by row, they hold up the reading of x also after sums.
     job.map_asks = (job.large and job.dy.data == NULL
                     and (job.reduce == NULL or (not job.planar and not measured.tiled)))
-    job.reduce_asks = all_bytes >= measured.ask_ahead
+    job.reduce_asks = far if job.planar else job.large
+    # Rows together share coefficients, but what they store to is not one piece of memory.
+    job.row_by_row = (measured.row_by_row and not job.planar
+                      and job.width * job.kernels.itemsize >= (LONG_ROW_BYTES if far else LONG_RUN_BYTES))
 
 
 cdef void tell_finish(Job *job) noexcept nogil:
@@ -348,6 +354,8 @@ cdef void cut(Job *job) noexcept nogil:
     job.by_channel = (job.planar and job.reduce != NULL and not job.finite_first and balanced(channels, job.threads))
     if job.by_channel:
         least_large *= <double>measured.stream_by_channel / measured.stream
+    elif job.reduce == NULL:
+        least_large *= <double>measured.stream_given / measured.stream
     job.large = all_bytes >= least_large
     job.in_order = takes_in_order(job)
     job.adjoining = is_adjoining(job) and adjoining_pays(job)

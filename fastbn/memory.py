@@ -137,7 +137,8 @@ def set_stream_bytes(nbytes: int | None) -> None:
 
     Those are the arrays of the size of x, read or written: x, y and a residual forward; x, dy, dx and what a residual
     adds backward. Where channels are taken one after the other (NCHW, training and backward, with channels enough for
-    all threads), three quarters of `nbytes` are enough, except on Intel's processors with AVX512-FP16.
+    all threads), and for inference, the number is another, in the proportion to the default that was measured on the
+    kind of processor: docs/memory.md.
 
     Parameters
     ----------

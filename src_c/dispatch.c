@@ -52,38 +52,44 @@ enum { MIB = 1 << 20, AMD = 0, INTEL_WITH_FP16, OTHERS, PROCESSORS };
 
 static const fastbn_sizes measured[PROCESSORS] = {
     // Zen 5, and about the same on Zen 3: an L3 cache of 32 MiB for some cores. Asking there costs a fifth of the sums,
-    // and tiles up to a fifth of inference
+    // tiles up to a fifth of inference, and rows together up to two fifths
     [AMD] = {.processor = "amd",
              .stream = 26 * MIB,
              .stream_by_channel = 26 * MIB / 4 * 3,
+             .stream_given = 36 * MIB,
              .ask_ahead = 16 * MIB,
              .far = 8192,
              .far_beside = 8192,
              .next_too = 1,
              .tiled = 0,
-             .in_order = 1},
+             .in_order = 1,
+             .row_by_row = 1},
     // Emerald Rapids: hundreds of MiB for many cores, nearly as far away as memory. Asking for the next channels
     // between stores past the caches costs up to a fifth of backward, a tenth of forward; and asking further than this
     // up to a tenth of the sums
     [INTEL_WITH_FP16] = {.processor = "intel with fp16",
                          .stream = 48 * MIB,
                          .stream_by_channel = 48 * MIB,
+                         .stream_given = 48 * MIB,
                          .ask_ahead = 2 * MIB,
                          .far = 4096,
                          .far_beside = 2048,
                          .next_too = 0,
                          .tiled = 1,
-                         .in_order = 0},
+                         .in_order = 0,
+                         .row_by_row = 0},
     // an older Xeon: y of 32 MiB channel by channel, 42 MiB otherwise; when to ask, and what for, is assumed
     [OTHERS] = {.processor = "other",
                 .stream = 84 * MIB,
                 .stream_by_channel = 84 * MIB / 4 * 3,
+                .stream_given = 84 * MIB,
                 .ask_ahead = 16 * MIB,
                 .far = 8192,
                 .far_beside = 8192,
                 .next_too = 1,
                 .tiled = 1,
-                .in_order = 0},
+                .in_order = 0,
+                .row_by_row = 0},
 };
 
 int fastbn_sizes_count(void)

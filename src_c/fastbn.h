@@ -78,12 +78,13 @@ typedef struct fastbn_block {
     double negative_slope;
     int training;  /* backward_apply: whether mean and variance depend on x */
     int stream;    /* apply and backward_apply: store past the caches */
-    int ask_ahead; /* apply, and planar sums but for those beside a map's rows: x (dy) comes from afar, ask ahead */
+    int ask_ahead; /* apply, and sums but for those beside a map's rows: x (dy) comes from afar, ask (further) ahead */
     /* planar: backward_apply, and sums beside an apply, ask for the same rows of as many channels that follow */
     int next_too;
-    int in_order; /* adjoining planes, no mask: row by row, with coefficients picked for each vector, not spread */
-    int tiled;    /* apply, interleaved, past the caches: tiles of columns go down some rows before the next */
-    int64_t far;  /* bytes that apply and forward's planar sums ask ahead */
+    int in_order;   /* adjoining planes, no mask: row by row, with coefficients picked for each vector, not spread */
+    int tiled;      /* apply, interleaved, past the caches: tiles of columns go down some rows before the next */
+    int row_by_row; /* apply, interleaved: else some rows together, which share the loads of coefficients */
+    int64_t far;    /* bytes that apply and forward's planar sums ask ahead */
     /* Planar sums ask for what is read next: so many rows from the first of this block on, then those of the next
      * channels, from then_row on, counted from the same row. If all channels of a row are no more bytes than short_row,
      * the same place in the rows that are next. */
@@ -201,11 +202,13 @@ typedef struct fastbn_sizes {
     const char *processor;
     int64_t stream;            /* stores past the caches, with somebody who reads y next */
     int64_t stream_by_channel; /* the same where channels are taken one after the other, in short pieces of memory */
+    int64_t stream_given;      /* the same where the statistics are given */
     int64_t ask_ahead;         /* fastbn_block.ask_ahead of planar sums */
     int64_t far, far_beside;   /* fastbn_block.far and short_row; far of forward's sums beside a map */
     int next_too;              /* whether fastbn_block.next_too does, where stores go past the caches */
     int tiled;                 /* whether fastbn_block.tiled does */
     int in_order;              /* whether fastbn_block.in_order does in training, in the caches */
+    int row_by_row;            /* whether fastbn_block.row_by_row does where rows are long, or far away */
 } fastbn_sizes;
 int fastbn_sizes_count(void);
 const fastbn_sizes *fastbn_get_sizes(int index);
