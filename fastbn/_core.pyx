@@ -116,7 +116,7 @@ cdef extern from "fastbn.h" nogil:
     int fastbn_isa_count()
     ctypedef struct fastbn_sizes:
         const char *processor
-        int64_t stream, stream_by_channel, stream_given, ask_ahead, far, far_beside
+        int64_t stream, stream_by_channel, stream_given, ask_ahead, most_beside, far, far_beside
         int next_too, tiled, in_order, row_by_row
 
     int fastbn_sizes_count()

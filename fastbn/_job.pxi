@@ -312,7 +312,7 @@ cdef void choose_tactics(Job *job, int64_t all_bytes) noexcept nogil:
     else:
         job.next_too = measured.next_too and one_by_one and job.large and 2 * together < NEXT_BYTES
         job.staggered = (one_by_one and job.run >= LONG_RUN_BYTES and not job.next_too
-                         and (job.large or 2 * together >= NEXT_BYTES))
+                         and (job.large or 2 * together >= NEXT_BYTES) and 2 * together <= measured.most_beside)
     # Few rows are not worth turns with sums.
     job.in_order = job.in_order and (not job.staggered or job.outer <= UNSPREAD_ROWS)
     # Where stores go past the caches row by row, they hold up the reading of x also after sums.

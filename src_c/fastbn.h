@@ -204,11 +204,12 @@ typedef struct fastbn_sizes {
     int64_t stream_by_channel; /* the same where channels are taken one after the other, in short pieces of memory */
     int64_t stream_given;      /* the same where the statistics are given */
     int64_t ask_ahead;         /* fastbn_block.ask_ahead of planar sums */
-    int64_t far, far_beside;   /* fastbn_block.far and short_row; far of forward's sums beside a map */
-    int next_too;              /* whether fastbn_block.next_too does, where stores go past the caches */
-    int tiled;                 /* whether fastbn_block.tiled does */
-    int in_order;              /* whether fastbn_block.in_order does in training, in the caches */
-    int row_by_row;            /* whether fastbn_block.row_by_row does where rows are long, or far away */
+    int64_t most_beside;     /* x and dy of a group of channels, at most, for backward's map to have turns with sums */
+    int64_t far, far_beside; /* fastbn_block.far and short_row; far of forward's sums beside a map */
+    int next_too;            /* whether fastbn_block.next_too does, where stores go past the caches */
+    int tiled;               /* whether fastbn_block.tiled does */
+    int in_order;            /* whether fastbn_block.in_order does in training, in the caches */
+    int row_by_row;          /* whether fastbn_block.row_by_row does where rows are long, or far away */
 } fastbn_sizes;
 int fastbn_sizes_count(void);
 const fastbn_sizes *fastbn_get_sizes(int index);
