@@ -33,7 +33,7 @@ test: $(VENV)/.test  ## build the sdist, the wheel from it, and run all tests on
 	FASTBN_TEST_WHEEL=1 $(BIN)/pytest $(PYTEST)
 
 test-long: export PYTEST := $(PYTEST)
-test-long: $(VENV)/.test  ## a hundred times as many cases, also under ASan (about two hours); into docs/reliability.md
+test-long: $(VENV)/.test  ## many times as many cases, also under ASan (an hour or two); into docs/reliability.md
 	$(BIN)/python tests/long.py $(PARTS)
 
 # setup.py, which knows how kernels are compiled, needs setuptools.

@@ -155,6 +155,7 @@ class BuildCore(build_ext):
             "sanitize": SANITIZE,
             "werror": WERROR,
             "ignored_flags": ignored,
+            "flags": [anonymous(flag) for flag in own(used)],
             "cython": Cython.__version__,
             "numpy": numpy.__version__,
         }

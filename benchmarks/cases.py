@@ -56,7 +56,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement; its name is that of DESIGN: ``forward/nchw-f32-relu/t2/resnet50.bn2a``."""
+    """One measurement; its name is, say, ``forward/nchw-f32-relu/t2/resnet50.bn2a``."""
 
     op: str
     layout: str

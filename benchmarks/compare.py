@@ -1,4 +1,5 @@
-"""Tell two result files apart and name regressions: python benchmarks/compare.py OLD NEW; exit status 1 if any.
+"""Tell two result files apart and name regressions: python benchmarks/compare.py OLD NEW; exit status 1 if any, or
+if a contender has failed in a case that it had before.
 
 Compared are shares of the limit, which a change of the machine's speed leaves alone, and seconds where a file has no
 limit. A change counts if it exceeds both the threshold and the spread of the two measurements.
@@ -62,6 +63,20 @@ def compare(old: Results, new: Results, threshold: float, contenders: Sequence[s
     return changes
 
 
+def missing(old: Results, new: Results, contenders: Sequence[str] | None) -> list[tuple[str, str]]:
+    """(case, contender) of what has failed: a case that NEW has, too, without a contender that it has elsewhere."""
+    after = {result.case.name: result.samples for result in new.cases}
+    present = {name for samples in after.values() for name in samples}
+    return [
+        (result.case.name, name)
+        for result in old.cases
+        for name in result.samples
+        if result.case.name in after
+        and name in present - after[result.case.name].keys()
+        and (name in contenders if contenders else name.startswith("fastbn"))
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
@@ -74,16 +89,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     for key in ("cpu", "threads"):
         if old.machine.get(key) != new.machine.get(key):
             print(f"note: different {key}: {old.machine.get(key)} and {new.machine.get(key)}")
+    if old.machine.get("cpu") == new.machine.get("cpu") and not old.on_the_same_machine(new):
+        print("note: different caches")
     changes = compare(old, new, args.threshold, args.contenders)
+    lost = missing(old, new, args.contenders)
     if not changes:
         print("nothing in common", file=sys.stderr)
         return 2
     for change in sorted(changes, key=lambda change: change.ratio):
         if args.all or change.verdict != "same":
             print(change)
+    for case, contender in lost:
+        print(f"missing       {contender:<16} {case}")
     counts = {verdict: sum(change.verdict == verdict for change in changes) for verdict in ("slower", "same", "faster")}
-    print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
-    return 1 if counts["slower"] else 0
+    print(", ".join(f"{count} {verdict}" for verdict, count in [*counts.items(), ("missing", len(lost))]))
+    return 1 if counts["slower"] or lost else 0
 
 
 if __name__ == "__main__":

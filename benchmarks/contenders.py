@@ -90,7 +90,7 @@ class FastBNRecycled(FastBN):
 
 
 class FastBNStreamed(FastBN):
-    """Into the caller's buffer, past the caches from 4 MiB of all arrays on, whoever reads the result next."""
+    """Into the caller's buffer, past the caches from some 4 MiB of all arrays on, whoever reads the result next."""
 
     def load(self) -> None:
         fastbn.memory.set_stream_bytes(4 << 20)

@@ -9,7 +9,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { TRIES = 400, LEAST_VALUES = 40000, F32 = 4 };
+enum { TRIES = 400, LEAST_VALUES = 40000, F32 = 4, LONG = 2048 / F32 }; // LONG: of a row, in the schedule
 
 // planar: rows of `columns` values for each channel; interleaved: a channel a column
 typedef struct shape {
@@ -99,7 +99,11 @@ int main(void)
                 const shape s = shapes[i];
                 fastbn_block b = block(s, activation);
                 const fastbn_block next = block(s, activation);
-                b.in_order = fastbn_get_sizes(fastbn_sizes_here())->in_order && k->picks_cheaply;
+                const fastbn_sizes *const sizes = fastbn_get_sizes(fastbn_sizes_here());
+                b.in_order = sizes->in_order && k->picks_cheaply;
+                b.row_by_row = sizes->row_by_row && s.columns >= LONG;
+                b.short_strips = sizes->short_strips;
+                const int adjoins = s.planar && s.columns < LONG;
                 fastbn_kernel *const alone[] = {k->stats[s.planar], k->apply[s.planar], k->backward_stats[s.planar],
                                                 k->backward_apply[s.planar]};
                 fastbn_kernel *const adjoining[] = {k->apply_adjoining, k->backward_apply_adjoining};
@@ -110,7 +114,7 @@ int main(void)
                     printf(" | %.2f", measured(s, alone[2 * backward], NULL, &b, NULL));
                     printf(" %.2f", measured(s, alone[2 * backward + 1], NULL, &b, NULL));
                     printf(" %.2f", s.planar ? measured(s, NULL, beside[backward], &b, &next) : NAN);
-                    printf(" %.2f", s.planar ? measured(s, adjoining[backward], NULL, &b, NULL) : NAN);
+                    printf(" %.2f", adjoins ? measured(s, adjoining[backward], NULL, &b, NULL) : NAN);
                 }
                 printf("\n");
             }

@@ -50,6 +50,8 @@ def bars(results: Results, network: str, folder: Path) -> list[Path]:
             name for name in ("nchw", "nhwc") if any(g[2:] == (name, dtype, activation, threads) for g in groups)
         ]
         ops = [op for op in OPS if any(g[1] == op and g[3:] == (dtype, activation, threads) for g in groups)]
+        if not ops:  # measured with a reader alone
+            continue
         figure, axes = plt.subplots(
             len(layouts), len(ops), figsize=(4.2 * len(ops), 3.4 * len(layouts)), squeeze=False, layout="constrained"
         )

@@ -45,6 +45,16 @@ README_NETWORKS = ("resnet50", "bn_inception")
 UNSETTLED = "* measured again without settling."
 
 
+def of_pages() -> list[Path]:
+    """`OF_PAGES`, but none of another machine than the first: the others may have to be measured yet."""
+    first, *others = OF_PAGES
+    here = Results.load(first)
+    strange = [path for path in others if not here.on_the_same_machine(Results.load(path))]
+    for path in strange:
+        print(f"{path}: of another machine than {first.name}, left out")
+    return [path for path in OF_PAGES if path not in strange]
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---:") -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" + f" {align} |" * (len(header) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
@@ -73,14 +83,16 @@ def title(group: Group) -> str:
 
 def machine_table(results: Results) -> str:
     machine = results.machine
-    rows = [[key, str(value)] for key, value in machine.items() if not isinstance(value, dict)]
+    rows = [[key, str(value)] for key, value in machine.items() if not isinstance(value, dict) and key != "commit"]
     rows += [["caches", "; ".join(f"{key}: {value}" for key, value in machine["caches"].items())]]
     rows += [[f"fastbn: {key}", value] for key, value in machine["fastbn"].items()]
     libraries = {key: value for versions in results.versions.values() for key, value in versions.items()}
     rows += [["libraries", ", ".join(f"{key} {value}" for key, value in libraries.items())]]
-    settings = {key: ",".join(map(str, v)) if isinstance(v, list) else v for key, v in results.settings.items()}
-    rows += [["settings", "; ".join(f"{key} {value}" for key, value in settings.items())]]
-    rows += [["duration", f"{results.minutes:.0f} minutes, {len(results.cases)} cases"]]
+    for part in results.parts or [results]:
+        settings = {key: ",".join(map(str, v)) if isinstance(v, list) else v for key, v in part.settings.items()}
+        named = "; ".join(f"{key} {value}" for key, value in settings.items())
+        took = f"{part.minutes:.0f} minutes, {len(part.cases)} cases, commit {part.machine['commit']}"
+        rows += [["settings", f"{named} ({took})"]]
     return table(["what", "value"], rows, "---")
 
 
@@ -251,10 +263,16 @@ def fill(text: str, results: Results) -> tuple[str, int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="*", help="result files; a later one replaces cases of an earlier")
+    parser.add_argument(
+        "results",
+        type=Path,
+        nargs="*",
+        help="result files, of which a later one replaces cases of an earlier; without any, those of the pages that "
+        "were measured on the machine of the first of them",
+    )
     parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs/ are")
     args = parser.parse_args(argv)
-    results = load_all(args.results or OF_PAGES)
+    results = load_all(args.results or of_pages())
     for name in ("README.md", "docs/benchmarks.md"):
         page = args.root / name
         if not page.exists():

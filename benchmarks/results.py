@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,16 @@ class Results:
     skipped: list[str] = field(default_factory=list)
     cases: list[Result] = field(default_factory=list)
     minutes: float = 0.0
+    parts: list[Results] = field(default_factory=list)  # the files, if there are several
+
+    def on_the_same_machine(self, other: Results) -> bool:
+        """Of a processor's name, virtual machines tell little; its caches tell the models apart."""
+
+        def sizes(machine: dict[str, Any]) -> dict[str, str]:
+            return {level: text.partition(",")[0] for level, text in machine.get("caches", {}).items()}
+
+        one, two = self.machine, other.machine
+        return bool(one.get("cpu") == two.get("cpu") and sizes(one) == sizes(two))
 
     def save(self, path: Path) -> None:
         record = {
@@ -138,9 +148,10 @@ class Results:
 def load_all(paths: Sequence[Path]) -> Results:
     """Several files as one; a case measured twice counts as in the last file. The machine is that of the first."""
     loaded = [Results.load(path) for path in paths]
-    merged = loaded[0]
-    if any(other.machine["cpu"] != merged.machine["cpu"] for other in loaded):
+    merged = replace(loaded[0])
+    if not all(merged.on_the_same_machine(other) for other in loaded):
         raise ValueError("these files come from different CPUs")
+    merged.parts = loaded if len(loaded) > 1 else []
     merged.cases = list({result.case.name: result for other in loaded for result in other.cases}.values())
     merged.minutes = sum(other.minutes for other in loaded)
     merged.versions = {name: version for other in loaded for name, version in other.versions.items()}

@@ -125,6 +125,7 @@ class Driver:
         self.random = random.Random(args.seed)
         self.start = time.monotonic()
         self.processes: dict[Seat, Process] = {}
+        self.failed = False  # some fastbn did not run, or was wrong
 
     def skip(self, contender: str, reason: str) -> None:
         """One line, once per contender and reason."""
@@ -160,11 +161,13 @@ class Driver:
         try:
             answer = self.processes[seat].ask(do, **arguments)
         except WorkerError as failure:
+            self.failed = self.failed or seat.contender.startswith("fastbn")
             self.skip(seat.contender, f"{failure} ({seat.dtype}, {seat.activation}, {seat.threads} threads)")
             self.processes.pop(seat).stop()
             return None
         problem = answer.get("failed") or answer.get("wrong")
         if problem:
+            self.failed = self.failed or seat.contender.startswith("fastbn")
             where = arguments.get("case_record", {}).get("name", "")
             self.skip(seat.contender, f"{problem} {where}".rstrip())
             return None
@@ -465,7 +468,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("interrupted", file=sys.stderr)
             return 130
     print(f"{path}: {len(results.cases)} cases in {results.minutes:.1f} minutes")
-    return 0 if results.cases else 1
+    return 0 if results.cases and not driver.failed else 1
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ cdef void place(Job *job, fastbn_block *b, int64_t row, int64_t channel, int64_t
     b.in_order = job.in_order
     b.tiled = measured.tiled
     b.row_by_row = job.row_by_row
+    b.short_strips = measured.short_strips
     b.plane = job.width
     b.coefficient_plane = job.known.coefficient_plane
     b.coefficients = <char *>job.known.coefficients + column * job.kernels.coefficient_size

@@ -307,13 +307,13 @@ def finite_statistics(mean: Array, var: Array) -> None:
 
 
 def statistic(name: str, value: Any) -> npt.NDArray[np.float64]:
-    """Real numbers, one for each channel, as float64."""
+    """A copy of real numbers, one for each channel, as float64."""
     vector = array(name, value)
     if vector.ndim != 1:
         raise ShapeError(f"{name}: expected shape (C,), got {vector.shape}")
     if not np.can_cast(vector.dtype, np.float64, "same_kind"):
         raise DTypeError(f"{name}: expected a dtype that converts to float64, got {vector.dtype}")
-    return vector.astype(np.float64, copy=False)
+    return vector.astype(np.float64)
 
 
 def companion(name: str, value: Any, x: Array) -> Array:
@@ -349,7 +349,7 @@ def out_view(buffer: Array, axis: int, planar: bool) -> _layout.View:
     if view is None:
         raise ArgumentError(
             f"out: expected aligned memory in the order of x, got strides {buffer.strides}; pass np.empty_like(x), "
-            "or np.empty(x.shape, x.dtype) if x itself has to be copied"
+            "or, if x itself has to be copied, an array like what the call returns without out"
         )
     _distinct("out", buffer)
     return view

@@ -72,7 +72,7 @@ cdef extern from "fastbn.h" nogil:
         int activation
         double negative_slope
         int training, stream
-        int ask_ahead, next_too, in_order, tiled, row_by_row
+        int ask_ahead, next_too, in_order, tiled, row_by_row, short_strips
         int64_t far, rows_ahead, then_row, short_row
 
     ctypedef struct fastbn_copy2d:
@@ -117,7 +117,7 @@ cdef extern from "fastbn.h" nogil:
     ctypedef struct fastbn_sizes:
         const char *processor
         int64_t stream, stream_by_channel, stream_given, ask_ahead, most_beside, far, far_beside
-        int next_too, tiled, in_order, row_by_row
+        int next_too, tiled, in_order, row_by_row, short_strips
 
     int fastbn_sizes_count()
     const fastbn_sizes *fastbn_get_sizes(int index)

@@ -239,6 +239,9 @@ def forward(
             finite_first,
             keep,
         )
+    if keep and not x.size:  # no channel has been finished
+        with np.errstate(divide="ignore"):
+            statistics[_core.STATISTICS_RSTD] = 1 / np.sqrt(statistics[_core.STATISTICS_VAR] + eps)
     if update and nan_guard == "raise":
         _check.finite_statistics(statistics[_core.STATISTICS_MEAN], statistics[_core.STATISTICS_VAR])
     if not keep:

@@ -79,7 +79,7 @@ cdef enum:
     GROUP_COLUMNS = 1024
     LEAST_COLUMNS = 128
     # Values of a plane, at most, that are columns of an interleaved block, and images for each of them, at least; more
-    # where planes are whole vectors.
+    # where planes are whole vectors. Bits depend on these.
     SHORT_PLANE = 200
     IMAGES_PER_POSITION = 10
     IMAGES_OF_VECTORS = 16
@@ -318,7 +318,7 @@ cdef void choose_tactics(Job *job, int64_t all_bytes) noexcept nogil:
     # Where stores go past the caches row by row, they hold up the reading of x also after sums.
     job.map_asks = (job.large and job.dy.data == NULL
                     and (job.reduce == NULL or (not job.planar and not measured.tiled)))
-    job.reduce_asks = far if job.planar else job.large
+    job.reduce_asks = far if job.planar else job.large and measured.short_strips
     # Rows together share coefficients, but what they store to is not one piece of memory.
     job.row_by_row = (measured.row_by_row and not job.planar
                       and job.width * job.kernels.itemsize >= (LONG_ROW_BYTES if far else LONG_RUN_BYTES))

@@ -8,8 +8,8 @@
 # Where there are channels enough for all threads (planar), one phase does the three steps channel by channel, so that
 # the second reading of a channel finds it in the cache.
 #
-# Bits: blocks are cut by shape alone (constants of fastbn.h) and finish adds their sums in block order. Threads, tasks,
-# packing and the order of units only decide who calls a kernel, and when.
+# Bits: blocks are cut by shape alone (constants of fastbn.h, and positions_of) and finish adds their sums in block
+# order. Threads, tasks, packing and the order of units only decide who calls a kernel, and when.
 
 from cython.parallel cimport prange, threadid
 from libc.stdlib cimport free
@@ -97,7 +97,7 @@ cdef void clear_sums(Job *job, int64_t block, int64_t column, int64_t columns) n
 cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noexcept nogil:
     """The shifts of a range of channels: 0, or the first x (float64, which has no digits to spare), or (backward) what
     forward has found. And the first g, which as the first x is the sum over one value where an activation has a say, or
-    interleaved."""
+    a channel has several columns."""
     cdef fastbn_block b
     cdef fastbn_channels known
     cdef fastbn_operand values
@@ -112,7 +112,7 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
         if job.mask != NULL or job.activation == IDENTITY:  # the gate is not found from x
             known.coefficients = NULL
         job.kernels.begin_backward(&known, first, last)
-    if job.planar and (job.dy.data == NULL or job.activation == IDENTITY):
+    if job.positions == 1 and (job.dy.data == NULL or job.activation == IDENTITY):
         values = locate(&job.x if job.dy.data == NULL else &job.dy, 0, first, 0, 1)
         job.kernels.first_values(&values, last - first, job.sums + first)
     elif job.planar:

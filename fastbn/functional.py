@@ -151,9 +151,9 @@ def batchnorm2d(
     Returns
     -------
     y : ndarray
-        Of the shape and dtype of `x`, in its memory order (in C order if `x` had to be copied), in native byte order;
-        or `out`. Its bits depend on values, shape and dtype and on whether channels are adjacent in memory, not on
-        threads, instruction set or alignment.
+        Of the shape and dtype of `x`, in its memory order (if `x` had to be copied, in that of the copy), in native
+        byte order; or `out`. Its bits depend on values, shape and dtype and on whether channels are adjacent in memory,
+        not on threads, instruction set or alignment.
 
     Raises
     ------

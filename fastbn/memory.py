@@ -163,7 +163,7 @@ def set_stream_bytes(nbytes: int | None) -> None:
 
 
 def stream_bytes() -> int:
-    """The bytes of a call's arrays together from which its results are stored past the caches."""
+    """What `set_stream_bytes` has set, or the default."""
     return _core.stream_bytes()
 
 

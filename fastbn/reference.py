@@ -1,8 +1,8 @@
 """What fastbn computes, in plain float64 NumPy: the definition that all tests compare with.
 
-Same names and arguments as `fastbn.functional`; nothing is checked, nothing is fast, results are float64. Running
-arrays are updated in place, as there. Source: Ioffe and Szegedy 2015, arXiv:1502.03167, Algorithms 1 and 2 and
-section 3.
+Same names and arguments as `fastbn.functional`, but for `out`, `device` and `num_threads`; nothing is checked, nothing
+is fast, results are float64. Running arrays are updated in place, as there. Source: Ioffe and Szegedy 2015,
+arXiv:1502.03167, Algorithms 1 and 2 and section 3.
 
 Activations: `ACTIVATIONS[name]` is the pair (y from v, slope from v); both also take the slope of leaky_relu. NaN and
 Inf follow from these lines: relu is ``v < 0 ? 0 : v``, so NaN stays NaN; its gradient passes unless ``v <= 0``, so it

@@ -64,7 +64,8 @@ static const fastbn_sizes measured[PROCESSORS] = {
              .next_too = 1,
              .tiled = 0,
              .in_order = 1,
-             .row_by_row = 1},
+             .row_by_row = 1,
+             .short_strips = 1},
     // Emerald Rapids: hundreds of MiB for many cores, nearly as far away as memory. Asking for the next channels
     // between stores past the caches costs up to a fifth of backward, a tenth of forward; and asking further than this
     // up to a tenth of the sums
@@ -79,7 +80,8 @@ static const fastbn_sizes measured[PROCESSORS] = {
                          .next_too = 0,
                          .tiled = 1,
                          .in_order = 0,
-                         .row_by_row = 0},
+                         .row_by_row = 0,
+                         .short_strips = 0},
     // an older Xeon: y of 32 MiB channel by channel, 42 MiB otherwise; when to ask, and what for, is assumed
     [OTHERS] = {.processor = "other",
                 .stream = 84 * MIB,
@@ -92,7 +94,8 @@ static const fastbn_sizes measured[PROCESSORS] = {
                 .next_too = 1,
                 .tiled = 1,
                 .in_order = 0,
-                .row_by_row = 0},
+                .row_by_row = 0,
+                .short_strips = 0},
 };
 
 int fastbn_sizes_count(void)

@@ -13,8 +13,9 @@
 
 #include <stdint.h>
 
-/* What cuts a partial sum is fixed here and nowhere else: changing one of these changes the bits of results. A sum in
- * one variable takes block / lanes additions, or one for each of a block's rows that are shorter than the lanes. */
+/* What cuts a partial sum is fixed here, and which short planes are rows of an interleaved block in positions_of of
+ * _job.pxi; nowhere else: changing one of these changes the bits of results. A sum in one variable takes block / lanes
+ * additions, or one for each of a block's rows that are shorter than the lanes. */
 enum {
     FASTBN_LANES = 16,              /* planar: column j of a row adds to lane j % 16 */
     FASTBN_PLANAR_BLOCK = 16384,    /* planar: at most this many values before the lanes are closed */
@@ -81,10 +82,11 @@ typedef struct fastbn_block {
     int ask_ahead; /* apply, and sums but for those beside a map's rows: x (dy) comes from afar, ask (further) ahead */
     /* planar: backward_apply, and sums beside an apply, ask for the same rows of as many channels that follow */
     int next_too;
-    int in_order;   /* adjoining planes, no mask: row by row, with coefficients picked for each vector, not spread */
-    int tiled;      /* apply, interleaved, past the caches: tiles of columns go down some rows before the next */
-    int row_by_row; /* apply, interleaved: else some rows together, which share the loads of coefficients */
-    int64_t far;    /* bytes that apply and forward's planar sums ask ahead */
+    int in_order;     /* adjoining planes, no mask: row by row, with coefficients picked for each vector, not spread */
+    int tiled;        /* apply, interleaved, past the caches: tiles of columns go down some rows before the next */
+    int row_by_row;   /* apply, interleaved: else some rows together, which share the loads of coefficients */
+    int short_strips; /* sums of two interleaved arrays whose rows are whole pages apart: strips of half as many rows */
+    int64_t far;      /* bytes that apply and forward's planar sums ask ahead */
     /* Planar sums ask for what is read next: so many rows from the first of this block on, then those of the next
      * channels, from then_row on, counted from the same row. If all channels of a row are no more bytes than short_row,
      * the same place in the rows that are next. */
@@ -203,13 +205,14 @@ typedef struct fastbn_sizes {
     int64_t stream;            /* stores past the caches, with somebody who reads y next */
     int64_t stream_by_channel; /* the same where channels are taken one after the other, in short pieces of memory */
     int64_t stream_given;      /* the same where the statistics are given */
-    int64_t ask_ahead;         /* fastbn_block.ask_ahead of planar sums */
+    int64_t ask_ahead;         /* fastbn_block.ask_ahead of planar sums; and row_by_row of shorter rows */
     int64_t most_beside;     /* x and dy of a group of channels, at most, for backward's map to have turns with sums */
     int64_t far, far_beside; /* fastbn_block.far and short_row; far of forward's sums beside a map */
     int next_too;            /* whether fastbn_block.next_too does, where stores go past the caches */
     int tiled;               /* whether fastbn_block.tiled does */
     int in_order;            /* whether fastbn_block.in_order does in training, in the caches */
     int row_by_row;          /* whether fastbn_block.row_by_row does where rows are long, or far away */
+    int short_strips;        /* whether fastbn_block.short_strips does, and ask_ahead of interleaved sums from afar */
 } fastbn_sizes;
 int fastbn_sizes_count(void);
 const fastbn_sizes *fastbn_get_sizes(int index);

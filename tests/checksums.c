@@ -152,7 +152,7 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
     b.training = 1;
     b.stream = width % 2;
     b.ask_ahead = rows > 2;
-    b.row_by_row = channels > 3;
+    b.row_by_row = b.short_strips = channels > 3;
     memset(sums, 0, k->sums * per_channel * sizeof *sums);
     k->stats[planar](&b);
     h[STATS] = hash(h[STATS], sums, k->sums * per_channel, wide);

@@ -148,7 +148,7 @@ def test_benchmarks_files_hide_no_package():
 def test_benchmarks_pages_are_what_their_results_say(suite):
     import report
 
-    results = report.load_all(report.OF_PAGES)
+    results = report.load_all(report.of_pages())
     for name in ("README.md", "docs/benchmarks.md"):
         text = (report.ROOT / name).read_text()
         assert report.fill(text, results)[0] == text
@@ -346,11 +346,13 @@ def test_benchmarks_run(measured, suite):
     assert {"cpu", "caches", "governor", "commit", "python", "fastbn"} <= set(results.machine)
 
 
-def test_benchmarks_a_missing_contender_is_skipped_with_the_reason(suite):
-    if os.path.exists(Path(sys.prefix) / "lib" / "libdnnl.so.3"):
-        pytest.skip("it is installed here")
+def test_benchmarks_a_missing_contender_is_skipped_with_the_reason(suite, monkeypatch, tmp_path):
+    import onednn
     from onednn import OneDNN
 
+    monkeypatch.delenv("ONEDNN_LIBRARY", raising=False)
+    monkeypatch.setattr(onednn.sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(onednn.ctypes.util, "find_library", lambda name: None)
     with pytest.raises(ImportError, match=r"onednn-cpu-gomp|version 3"):
         OneDNN(1, 0)
 
@@ -417,3 +419,32 @@ def test_benchmarks_compare_names_what_is_slower(measured, tmp_path):
     output = start("compare.py", tmp_path / "old.json", tmp_path / "new.json", status=1)
     assert f"slower  0.50x  fastbn-out       {record['cases'][3]['name']}" in output and "1 slower" in output
     assert "1 faster" in start("compare.py", tmp_path / "new.json", tmp_path / "old.json")
+    del record["cases"][3]["seconds"]["fastbn-out"]  # as if it had been wrong
+    (tmp_path / "new.json").write_text(json.dumps(record))
+    output = start("compare.py", tmp_path / "old.json", tmp_path / "new.json", status=1)
+    assert f"missing       fastbn-out       {record['cases'][3]['name']}" in output and "1 missing" in output
+    del record["cases"][4:]  # not measured at all
+    (tmp_path / "new.json").write_text(json.dumps(record))
+    assert "1 missing" in start("compare.py", tmp_path / "old.json", tmp_path / "new.json", status=1)
+
+
+def test_benchmarks_results_of_two_machines_are_not_one(measured, tmp_path, monkeypatch, capsys):
+    """Nor where both have the name of a virtual machine: caches tell them apart."""
+    import report
+    from results import load_all
+
+    path, _ = measured
+    record = json.loads(path.read_text())
+    record["machine"]["caches"] = {"L2 Unified": "512K, CPUs 0"}
+    (tmp_path / "one.json").write_text(json.dumps(record))
+    record["machine"]["caches"] = {"L2 Unified": "512K, CPUs 0-1"}
+    (tmp_path / "same.json").write_text(json.dumps(record))
+    record["machine"]["caches"] = {"L2 Unified": "1024K, CPUs 0"}
+    (tmp_path / "other.json").write_text(json.dumps(record))
+    one, same, other = (tmp_path / f"{name}.json" for name in ("one", "same", "other"))
+    assert len(load_all([one, same]).parts) == 2
+    with pytest.raises(ValueError, match="different CPUs"):
+        load_all([one, other])
+    monkeypatch.setattr(report, "OF_PAGES", [one, other, same])
+    assert report.of_pages() == [one, same]
+    assert "other.json: of another machine than one.json" in capsys.readouterr().out

@@ -173,6 +173,20 @@ def test_build_without_openmp_says_so_and_goes_on(setup_script, monkeypatch, tmp
     assert facts["openmp"] is None and facts["openmp_missing"] == reason
 
 
+def test_build_depends_on_the_flags_of_the_environment(setup_script, monkeypatch, tmp_path):
+    """Other CFLAGS or LDFLAGS are another build, but for those that reach no command."""
+
+    def facts(cflags, ldflags=""):
+        monkeypatch.setenv("CFLAGS", cflags)
+        monkeypatch.setenv("LDFLAGS", ldflags)
+        return probe_with_compiler(setup_script, monkeypatch, tmp_path, "nothing")
+
+    plain = facts("")
+    assert facts("") == plain
+    assert facts("-g1")["flags"] != plain["flags"] != facts("", "-Wl,-O1")["flags"]
+    assert facts("-ffast-math")["flags"] == plain["flags"]
+
+
 def test_build_without_the_headers_of_python_is_one_message(setup_script, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"does not find Python\.h: install .*python3-dev"):
         probe_with_compiler(setup_script, monkeypatch, tmp_path, "Python.h")

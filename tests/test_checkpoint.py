@@ -388,8 +388,15 @@ UNFIT = {
 def test_checkpoint_that_does_not_fit_is_one_clear_line(sound, tmp_path, capsys, name):
     path = tmp_path / "state"
     path.write_bytes(UNFIT[name](sound))
+    model, optimizer, rng = start(seed=5)
+
+    def state():
+        return model.state_dict() | optimizer.state_dict() | rng.bit_generator.state
+
+    before = state()
     with pytest.raises(checkpoint.CheckpointError, match="does not fit this model: "):
-        checkpoint.load(path).restore(*start())
+        checkpoint.load(path).restore(model, optimizer, rng)
+    np.testing.assert_equal(state(), before)
     assert cli.main(["train", "--resume", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith(f"fastbn train: {path}: does not fit this model: ")

@@ -82,12 +82,8 @@ def numpy(array, like=None):
 
 def close(actual, expected, dtype, scale=1.0):
     """Within a few roundings: the order of float64 sums differs, and the GPU fuses multiply and add."""
-    u = unit_roundoff(dtype) + storing(dtype)
-    limit = (
-        32
-        * u
-        * max(scale, float(np.abs(np.nan_to_num(expected.astype(np.float64), posinf=0, neginf=0)).max(initial=0)))
-    )
+    largest = np.abs(np.nan_to_num(expected.astype(np.float64), posinf=0, neginf=0)).max(initial=0)
+    limit = (32 * unit_roundoff(dtype) + 2 * storing(dtype)) * max(scale, float(largest))
     difference = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
     same = (actual == expected) | ((actual != actual) & (expected != expected))
     assert actual.dtype == expected.dtype and actual.shape == expected.shape

@@ -136,6 +136,17 @@ def test_run_with_another_setting_destroys_nothing(tmp_path, digits):
             run_synthetic(synthetic(Measure()), [0], path, digits)
 
 
+def test_run_is_not_continued_on_another_machine(tmp_path, digits, monkeypatch):
+    """It may still be read: whoever asks for the seeds that it has gets them."""
+    path = tmp_path / "synthetic.json"
+    record = run_synthetic(synthetic(Measure()), [0], path, digits)
+    monkeypatch.setattr(np, "__version__", "0.1")
+    assert run_synthetic(synthetic(Measure()), [0], path, digits) == record
+    with pytest.raises(RecordError, match=rf"begun with numpy {record['machine']['numpy']}, isa \w+; remove it"):
+        run_synthetic(synthetic(Measure()), [0, 1], path, digits)
+    assert read(path) == record
+
+
 def test_too_few_images_are_an_error(tmp_path, digits):
     for many in ({"images": 10_000}, {"test_images": 10_000}):
         with pytest.raises(nn.DataError, match="data: expected at least"):
@@ -176,6 +187,19 @@ def test_line_of_a_quick_run_is_no_verdict(tmp_path, digits):
     record = run_synthetic(experiment, [1], tmp_path / "a.json", digits, quick=True)
     assert record["setting"]["images"] == 2
     assert line(experiment, record).startswith("synthetic: quick, no verdict: ten times the seed: 10 (10 to 10), ")
+
+
+def test_page_has_no_quick_runs(quick, tmp_path, monkeypatch):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "order.json").write_bytes((quick / "order.json").read_bytes())
+    record = read(quick / "cost.json")
+    (folder / "cost.json").write_text(json.dumps(record | {"quick": False, "setting": {"data": "x", "images": 1}}))
+    monkeypatch.setattr("fastbn.cli.experiment.experiments.run", lambda *args, **options: read(folder / "cost.json"))
+    monkeypatch.chdir(folder)
+    assert cli.main(["experiment", "cost", "--data", "digits", "--output", "."]) == 0
+    page = (tmp_path / "mixed.md").read_text()
+    assert EXPERIMENTS["cost"].title in page and EXPERIMENTS["order"].title not in page
 
 
 @published

@@ -217,6 +217,7 @@ def test_layout_broadcast_residual_is_used_in_place(monkeypatch, capsys):
     residual = np.broadcast_to(np.arange(4, dtype=np.float32).reshape(4, 1, 1), x.shape)
     for arranged in (x, MEMORY_ORDERS["channels-last"](x, 1)):
         y = fastbn.batchnorm(arranged, residual=residual)
+        assert capsys.readouterr().err == ""
         assert_same_bits(y, fastbn.batchnorm(arranged, residual=np.copy(np.broadcast_to(residual, x.shape), order="K")))
     assert "residual: copied" in capsys.readouterr().err  # of the dense twin, beside channels-last
 

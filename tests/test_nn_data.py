@@ -177,6 +177,22 @@ def test_augmentation_shifts_and_flips_whole_images(layout):
     assert len(seen) == 18  # every shift, mirrored or not
 
 
+def test_layout_is_known_and_changed_once(cifar):
+    found = nn.load(cifar)
+    moved = found.in_layout("NHWC")
+    assert moved.in_layout("NHWC") is moved and moved.input_shape == found.input_shape == (3, 32, 32)
+    np.testing.assert_array_equal(moved.in_layout("NCHW").x_train, found.x_train)
+    for function in (found.in_layout, lambda layout: nn.augment(found.x_test, np.random.default_rng(0), layout=layout)):
+        with pytest.raises(ValueError, match="layout: expected 'NCHW' or 'NHWC', got 'nhwc'"):
+            function("nhwc")
+
+
+def test_images_of_two_sizes_are_an_error(mnist):
+    (mnist / "t10k-images-idx3-ubyte").write_bytes(idx(np.zeros((6, 4, 4), np.uint8)))
+    with pytest.raises(nn.DataError, match=r"images of \(5, 4\) pixels to train on, of \(4, 4\) to test"):
+        nn.load(mnist)
+
+
 def test_augmentation_by_nothing_is_a_copy():
     images = np.random.default_rng(0).random((3, 1, 4, 4), np.float32)
     found = nn.augment(images, np.random.default_rng(0))

@@ -217,6 +217,42 @@ def test_gradient_of_images_is_left_out_on_request():
         assert not np.isnan(layers[0].backward(dy)).any()
 
 
+def test_what_asks_for_no_gradient_of_images_keeps_its_setting():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3))
+    for setting in (False, True):
+        model.layers[0].input_gradient = setting
+        with without_input_gradient(model):
+            assert not model.layers[0].input_gradient
+        assert model.layers[0].input_gradient is setting
+
+
+def test_relu_lets_nothing_through_where_it_is_shut():
+    """As the fused one: also of an infinite gradient nothing, not NaN."""
+    x, dy = np.array([[-1, 0, 1, np.nan]], "f4"), np.array([[np.inf, np.nan, 2, 3]], "f4")
+    relu, join = nn.ReLU(), nn.AddReLU()
+    relu(x), join(x, np.zeros_like(x))
+    np.testing.assert_array_equal(relu.backward(dy), [[0, 0, 2, 3]])
+    for dx in join.backward(dy):
+        np.testing.assert_array_equal(dx, [[0, 0, 2, 3]])
+        assert dx.dtype == np.float32
+
+
+def test_dtype_of_a_convolution_that_has_no_loops_is_an_error():
+    with pytest.raises(ValueError, match="dtype: expected float32 or float64, got float16"):
+        nn.MODELS["cnn_bn"](dtype=np.float16)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_no_images_pass_through_what_has_no_parameters(layout):
+    x = np.zeros((0, 3, 6, 8) if layout == "NCHW" else (0, 6, 8, 3), np.float32)
+    for pool in (nn.MaxPool2d(2, layout=layout), nn.AvgPool2d(2, layout=layout)):
+        y = pool(x)
+        assert y.shape == ((0, 3, 3, 4) if layout == "NCHW" else (0, 3, 4, 3))
+        assert pool.backward(y).shape == x.shape
+        assert nn.Flatten()(y).shape == (0, 36)
+    assert nn.predict(nn.Sequential(nn.Flatten()), x).shape == (0,)
+
+
 def test_wide_padding_of_a_pool_is_an_error():
     with pytest.raises(ValueError, match="padding: expected 0 to half of kernel_size 3, got 2"):
         nn.MaxPool2d(3, padding=2)

@@ -233,6 +233,34 @@ def test_recalibration_leaves_dropout_alone_and_repairs_stale_statistics(digits)
     assert nn.evaluate(model, digits.x_test, digits.y_test) >= history[-1]["test_accuracy"] - 0.01
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_recalibration_replaces_whatever_was_there(dtype):
+    """NaN, which has a share in every average. What is averaged are copies, also of float64."""
+    x = np.random.default_rng(0).standard_normal((30, 3, 4, 5)).astype(dtype)
+    x += np.arange(30, dtype=dtype).reshape(-1, 1, 1, 1)
+    norm = fastbn.BatchNorm2d(3, dtype=dtype)
+    norm.running_mean[...], norm.running_var[...] = np.nan, np.inf
+    nn.recalibrate(nn.Sequential(norm), x, batch_size=10)
+    stats = fastbn.batchnorm_stats(x)
+    np.testing.assert_allclose(norm.running_mean, stats.mean, rtol=1e-5)
+    np.testing.assert_allclose(norm.running_var, stats.var(), rtol=1e-5)
+    assert norm.num_batches_tracked == 3
+
+
+def test_recalibration_leaves_out_what_nan_guard_does():
+    x = np.random.default_rng(0).standard_normal((40, 3, 4, 5)).astype("f4")
+    x[25, 1] = np.nan
+    norm = fastbn.BatchNorm2d(3, nan_guard="skip")
+    nn.recalibrate(nn.Sequential(norm), x, batch_size=10)
+    stats = fastbn.batchnorm_stats(np.delete(x, slice(20, 30), axis=0))
+    np.testing.assert_allclose(norm.running_mean, stats.mean, rtol=1e-4, atol=1e-6)
+    assert norm.num_batches_tracked == 3
+    before = norm.state_dict()
+    nn.recalibrate(nn.Sequential(norm), x[20:30])
+    for name, value in norm.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+
+
 def test_import_needs_numpy_only():
     extras = ["sklearn", "matplotlib", "safetensors", "tqdm", "threadpoolctl", "torch"]
     code = f"import sys, fastbn.cli, fastbn.nn; print(*set({extras}) & set(sys.modules))"

@@ -104,6 +104,7 @@ def test_max_pool_follows_the_definition(kernel, stride, padding, layout):
     np.testing.assert_array_equal(dx, expected[:, :, padding : padding + 6, padding : padding + 5])
 
 
+@pytest.mark.skipif(not fastbn._core.OPENMP, reason="built without OpenMP")
 def test_for_each_calls_every_part_once_on_several_threads():
     both = threading.Barrier(2, timeout=60)  # passed only by two threads at the same time
     calls, lock = [], threading.Lock()

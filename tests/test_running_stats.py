@@ -116,6 +116,7 @@ def test_running_statistics_do_not_change_with_an_empty_batch(shape, training):
     )
     assert y.shape == shape and y.dtype == np.float32
     assert (mean == 0.5).all() and (var == 2.0).all()
+    np.testing.assert_array_equal(cache.rstd, 1 / np.sqrt((0.0 if training else var) + np.full(channels, 1e-5)))
     gradients = fastbn.batchnorm_backward(x, cache)
     dx, dgamma, dbeta = gradients
     assert dx.shape == gradients.dresidual.shape == shape

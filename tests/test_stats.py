@@ -121,6 +121,14 @@ def test_stats_of_one_value_have_no_unbiased_variance():
         fastbn.batchnorm_stats(np.zeros((0, 2))).var()
 
 
+def test_stats_are_copies_of_what_they_are_made_from():
+    mean, m2 = np.zeros(3), np.ones(3)
+    stats = fastbn.Stats(4, mean, m2)
+    mean += 1
+    m2 += 1
+    assert np.all(stats.mean == 0) and np.all(stats.m2 == 1)
+
+
 def test_stats_cannot_be_changed():
     stats = fastbn.batchnorm_stats([[5.0, 6.0]])
     with pytest.raises(dataclasses.FrozenInstanceError):

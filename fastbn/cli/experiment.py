@@ -29,7 +29,9 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
         help="for a JSON file and a picture of each experiment, and FOLDER.md; seeds that are there are not measured "
         "again (default 'experiments', 'experiments-quick' with --quick)",
     )
-    parser.add_argument("--num-threads", type=THREADS, default=1, metavar="N", help="of fastbn and NumPy (default 1)")
+    parser.add_argument(
+        "--num-threads", type=THREADS, default=1, metavar="N", help="of fastbn and of the layers (default 1)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -52,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
             experiments.draw(experiment, record, path.with_suffix(".png"))
             log(experiments.line(experiment, record))
     if not args.quick:
-        page = folder.with_name(f"{folder.name}.md")
+        page = folder.resolve().with_name(f"{folder.resolve().name}.md")
         found = [(experiment, folder / f"{name}.json") for name, experiment in experiments.EXPERIMENTS.items()]
         records = [(experiment, experiments.read(path)) for experiment, path in found if path.exists()]
-        write_atomically(page, experiments.page(records, folder.name).encode())
+        records = [(experiment, record) for experiment, record in records if not record["quick"]]
+        write_atomically(page, experiments.page(records, folder.resolve().name).encode())
         log(f"page: {page}")
     return 0

@@ -88,10 +88,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=train)
 
 
-def require_extra(args: argparse.Namespace) -> None:
-    """UsageError if a library is missing that this training will use, at once rather than when it is needed."""
+def require_extra(args: argparse.Namespace, data: str | None) -> None:
+    """UsageError if a library is missing that this training will use, at once rather than when it is needed. Which
+    data they are is perhaps said by the checkpoint only."""
     uses = {
-        "sklearn": args.data in (None, "digits"),
+        "sklearn": data == "digits",
         "threadpoolctl": True,
         "tqdm": True,
         "matplotlib": args.plot is not None or args.mistakes is not None,
@@ -225,8 +226,11 @@ def compared(histories: dict[str, list[dict[str, Any]]], test_images: int) -> st
 
 
 def train(args: argparse.Namespace) -> int:
-    require_extra(args)
+    require_extra(args, args.data if args.resume is not None else args.data or DEFAULTS["data"])
     config, saved = resolve(args)
+    require_extra(args, config["data"])
+    if args.momentum is not None and config["optimizer"] != "sgd":
+        raise UsageError(f"--momentum is of sgd: it does not go with --optimizer {config['optimizer']}")
     save_to = args.checkpoint or args.resume
     data = nn.load(config["data"])
     variants = {"with BN": True, "without BN": False}

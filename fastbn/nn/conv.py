@@ -179,6 +179,8 @@ class Conv2d(Layer):
         self.stride: Pair = (stride if self.dimensions == 2 else 1, stride)
         self.padding: tuple[Padding, Padding] = (padding if self.dimensions == 2 else 0, padding)
         self.axis = channel_axis(layout, *self.layouts)
+        if np.dtype(dtype) not in (np.float32, np.float64):
+            raise ValueError(f"dtype: expected float32 or float64, got {np.dtype(dtype)}")
         fan_in = in_channels * kernel_size**self.dimensions
         self.weight = initial(rng, (out_channels, in_channels, *self.kernel[-self.dimensions :]), fan_in, dtype)
         self.bias = initial(rng, (out_channels,), fan_in, dtype) if bias else None
@@ -302,8 +304,8 @@ def without_input_gradient(model: Any) -> Iterator[None]:
     if not isinstance(first, Conv2d):
         yield
         return
-    first.input_gradient = False
+    before, first.input_gradient = first.input_gradient, False
     try:
         yield
     finally:
-        first.input_gradient = True
+        first.input_gradient = before

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastbn.nn.layers import Array
+from fastbn.nn.layers import Array, channel_axis
 
 # Where Debian and Ubuntu put their package dataset-fashion-mnist.
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -21,28 +21,32 @@ class DataError(ValueError):
 
 
 class Dataset(NamedTuple):
-    """Images of shape (N, channels, height, width), float32 in [0, 1], with labels of shape (N,), in two parts."""
+    """Images of shape (N, channels, height, width), float32 in [0, 1], with labels of shape (N,), in two parts; or of
+    shape (N, height, width, channels) if the layout is "NHWC"."""
 
     x_train: Array
     y_train: Array
     x_test: Array
     y_test: Array
+    layout: str = "NCHW"
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """(channels, height, width): what the networks of `fastbn.nn.models` take."""
-        return self.x_train.shape[1:]
+        shape = self.x_train.shape[1:]
+        return shape if channel_axis(self.layout) == 1 else (shape[-1], *shape[:-1])
 
     @property
     def classes(self) -> int:
         return int(self.y_train.max()) + 1
 
     def in_layout(self, layout: str) -> Dataset:
-        """What to train a model of this layout on: images of shape (N, height, width, channels) if it is "NHWC"."""
-        if layout == "NCHW":
+        """What to train a model of this layout on."""
+        axis = channel_axis(layout)
+        if layout == self.layout:
             return self
-        x_train, x_test = (np.ascontiguousarray(x.transpose(0, 2, 3, 1)) for x in (self.x_train, self.x_test))
-        return self._replace(x_train=x_train, x_test=x_test)
+        x_train, x_test = (np.ascontiguousarray(np.moveaxis(x, -axis, axis)) for x in (self.x_train, self.x_test))
+        return self._replace(x_train=x_train, x_test=x_test, layout=layout)
 
 
 def load(name: str | os.PathLike[str] = "digits") -> Dataset:
@@ -90,6 +94,9 @@ def load_idx(folder: str | os.PathLike[str], classes: int = 10) -> Dataset:
         if len(images) != len(labels):
             raise DataError(f"{folder}: {len(images)} images but {len(labels)} labels ({part})")
         parts += [scaled(images[:, None]), checked(Path(folder, f"{part}-labels-idx1-ubyte"), labels, classes)]
+    x_train, _, x_test, _ = parts
+    if x_train.shape[1:] != x_test.shape[1:]:
+        raise DataError(f"{folder}: images of {x_train.shape[2:]} pixels to train on, of {x_test.shape[2:]} to test")
     return Dataset(*parts)
 
 
@@ -160,7 +167,7 @@ def augment(
     images: Array, rng: np.random.Generator, *, shift: int = 0, flip: bool = False, layout: str = "NCHW"
 ) -> Array:
     """Each image moved by up to `shift` pixels in each direction, zeros coming in, and mirrored or not, at random."""
-    planar = images if layout == "NCHW" else images.transpose(0, 3, 1, 2)
+    planar = np.moveaxis(images, channel_axis(layout), 1)
     N, _, H, W = planar.shape
     padded = np.pad(planar, ((0, 0), (0, 0), (shift, shift), (shift, shift)))
     places = np.lib.stride_tricks.sliding_window_view(padded, (H, W), axis=(2, 3))  # (N, C, 2s + 1, 2s + 1, H, W)

@@ -19,7 +19,7 @@ def predict(model: LayerLike, x: Array, batch_size: int = 256) -> Array:
     """The most likely class of each image, in inference mode; shape (N,)."""
     model.eval()
     parts = [model.forward(x[start : start + batch_size]).argmax(axis=1) for start in range(0, len(x), batch_size)]
-    return np.concatenate(parts)
+    return np.concatenate([np.empty(0, np.intp), *parts])
 
 
 def evaluate(model: LayerLike, x: Array, labels: Array, batch_size: int = 256) -> float:
@@ -40,17 +40,23 @@ def recalibrate(model: LayerLike, x: Array, batch_size: int = 256) -> None:
     options = [(norm.momentum, norm.unbiased) for norm in norms]
     before = [norm.state_dict() for norm in norms]
     totals: list[fastbn.Stats | None] = [None] * len(norms)
+    taken = [0] * len(norms)
     try:
         for norm in norms:
             norm.train()
             norm.momentum, norm.unbiased = 1.0, False  # the running statistics become those of the batch
         for batch in np.array_split(x, -(-len(x) // batch_size)):
+            for norm in norms:
+                norm.reset_running_stats()  # NaN would stay whatever its weight is
             model.forward(batch)
             for i, norm in enumerate(norms):
+                if not norm.num_batches_tracked:  # `nan_guard` has not taken this batch
+                    continue
                 # Images weigh alike, whatever the number of pixels: that is the same for all.
                 stats = fastbn.Stats(len(batch), norm.running_mean, len(batch) * norm.running_var.astype(np.float64))
                 total = totals[i]
                 totals[i] = stats if total is None else total.merge(stats)
+                taken[i] += 1
     except BaseException:  # also an interruption leaves the statistics as they were
         for norm, state in zip(norms, before, strict=True):
             norm.load_state_dict(state)
@@ -58,9 +64,11 @@ def recalibrate(model: LayerLike, x: Array, batch_size: int = 256) -> None:
     finally:
         for norm, (norm.momentum, norm.unbiased) in zip(norms, options, strict=True):
             norm.eval()
-    for norm, total in zip(norms, totals, strict=True):
+    for norm, state, total, count in zip(norms, before, totals, taken, strict=True):
+        norm.load_state_dict(state)
         if total is not None:
             norm.running_mean[...], norm.running_var[...] = total.mean, total.var()
+            norm.num_batches_tracked[...] += count
 
 
 def fold(model: Model) -> Model:

@@ -9,6 +9,7 @@ C the channels, F the filters (the output's channels), H and W height and width;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -202,7 +203,12 @@ class ReLU(Layer):
 
     def backward(self, dy: Array, /) -> Array:
         y, dx = self.y, empty(dy.shape, dy.dtype)
-        for_each(lambda part: np.multiply(dy[part], y[part] > 0, out=dx[part]), len(dy), MOVE * dy.size)
+
+        def part(images: slice) -> None:  # not a product: where nothing passes, dy = Inf or NaN does not matter
+            np.copyto(dx[images], dy[images])
+            np.copyto(dx[images], 0, where=y[images] <= 0)
+
+        for_each(part, len(dy), MOVE * dy.size)
         return dx
 
 
@@ -246,7 +252,7 @@ class Flatten(Layer):
 
     def forward(self, x: Array, /) -> Array:
         self.shape = x.shape
-        return x.reshape(len(x), -1)
+        return x.reshape(len(x), math.prod(x.shape[1:]))
 
     def backward(self, dy: Array, /) -> Array:
         return dy.reshape(self.shape)
@@ -291,6 +297,9 @@ class Concat(Layer):
 class AddReLU(Layer):
     """``max(x + residual, 0)``: what joins a residual block without batch normalization."""
 
+    def __call__(self, x: Array, residual: Array | None = None) -> Array:
+        return self.forward(x, residual)
+
     def forward(self, x: Array, residual: Array | None = None, /) -> Array:
         self.had_residual = residual is not None
         self.y = np.maximum(x if residual is None else x + residual, 0)
@@ -298,7 +307,7 @@ class AddReLU(Layer):
 
     def backward(self, dy: Array, /) -> Any:
         """dx, or (dx, dresidual) if there was a residual: as `fastbn.BatchNorm2d`."""
-        dx = dy * (self.y > 0)
+        dx = np.where(self.y <= 0, 0, dy)
         return (dx, dx) if self.had_residual else dx
 
 

@@ -108,7 +108,8 @@ def network(
         Of the batches of images.
     rng : numpy.random.Generator, int or None
         Source of the initial weights.
-    dtype : dtype of the parameters
+    dtype : float32 or float64
+        Of the parameters.
     """
         MODELS[function.__name__] = make
         return make

@@ -41,11 +41,12 @@ class Pool2d(Layer):
     def planes(self, x: Array) -> Array:
         """x in NHWC. In NCHW each plane is an image of one channel: (N * C, H, W, 1)."""
         x = np.require(x, requirements=["C", "W"])
+        self.channels = x.shape[self.axis]
         return x if self.axis == -1 else x.reshape(-1, *x.shape[2:], 1)
 
     def unplanes(self, y: Array, N: int) -> Array:
         """The inverse of `planes`, for a batch of N images."""
-        return y if self.axis == -1 else y.reshape(N, -1, *y.shape[1:3])
+        return y if self.axis == -1 else y.reshape(N, self.channels, *y.shape[1:3])
 
 
 class MaxPool2d(Pool2d):

@@ -31,7 +31,7 @@ class Record(TypedDict):
 
 
 class RecordError(ValueError):
-    """A file that is no record, or of another setting."""
+    """A file that is no record, or of another setting, or to be continued on another kind of machine."""
 
 
 def new_record(experiment: Experiment, data_name: str, quick: bool) -> Record:
@@ -101,9 +101,11 @@ def run(
 ) -> Record:
     """Measure those of `seeds` that are not in the file `path` yet, and return what is in it then.
 
-    `load` is called if there is something to measure. RecordError if the file was measured with another setting.
+    `load` is called if there is something to measure. RecordError if the file was measured with another setting, or
+    would be continued with another NumPy or instruction set, whose last bits lead elsewhere.
     """
     record = new_record(experiment, data_name, quick)
+    machine = record["machine"]
     if path.exists():
         found = read(path)
         if found["setting"] != json.loads(json.dumps(record["setting"])):
@@ -111,6 +113,9 @@ def run(
         record = found
     for seed in seeds:
         if str(seed) not in record["runs"]:
+            if record["machine"] != machine:
+                begun = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
+                raise RecordError(f"{path}: begun with {begun}; remove it, or choose another folder")
             record["runs"][str(seed)] = measure(experiment, record["setting"], load(), seed)
             write(path, record)
             log(f"{experiment.name}: seed {seed}, {record['runs'][str(seed)]['seconds']:.0f} s")
