@@ -35,8 +35,8 @@ class Checkpoint:
 
     def restore(self, model: LayerLike, optimizer: Optimizer, rng: np.random.Generator) -> None:
         """Put the state back, all of it; CheckpointError if it does not fit."""
-        before = model.state_dict(), optimizer.state_dict()
-        states = [generator.bit_generator.state for generator in generators(model, rng)]
+        of_model, of_optimizer = model.state_dict(), optimizer.state_dict()
+        of_generators = [generator.bit_generator.state for generator in generators(model, rng)]
         try:
             for prefix, owner in (("model.", model), ("optimizer.", optimizer)):
                 owner.load_state_dict(
@@ -45,10 +45,10 @@ class Checkpoint:
             for generator, state in zip(generators(model, rng), self.rng_states, strict=True):
                 generator.bit_generator.state = state
         except (ValueError, TypeError, KeyError, OverflowError) as error:
-            for owner, state in zip((model, optimizer), before, strict=True):
-                owner.load_state_dict(state)
-            for generator, state in zip(generators(model, rng), states, strict=True):
-                generator.bit_generator.state = state
+            model.load_state_dict(of_model)
+            optimizer.load_state_dict(of_optimizer)
+            for generator, before in zip(generators(model, rng), of_generators, strict=True):
+                generator.bit_generator.state = before
             raise CheckpointError(f"{self.path}: does not fit this model: {error}") from error
 
 

@@ -94,10 +94,10 @@ def load_idx(folder: str | os.PathLike[str], classes: int = 10) -> Dataset:
         if len(images) != len(labels):
             raise DataError(f"{folder}: {len(images)} images but {len(labels)} labels ({part})")
         parts += [scaled(images[:, None]), checked(Path(folder, f"{part}-labels-idx1-ubyte"), labels, classes)]
-    x_train, _, x_test, _ = parts
+    x_train, y_train, x_test, y_test = parts
     if x_train.shape[1:] != x_test.shape[1:]:
         raise DataError(f"{folder}: images of {x_train.shape[2:]} pixels to train on, of {x_test.shape[2:]} to test")
-    return Dataset(*parts)
+    return Dataset(x_train, y_train, x_test, y_test)
 
 
 def load_cifar10(folder: str | os.PathLike[str]) -> Dataset:
@@ -116,7 +116,8 @@ def load_cifar10(folder: str | os.PathLike[str]) -> Dataset:
             labels.append(checked(path, records[:, 0], 10))
             images.append(records[:, 1:].reshape(-1, 3, 32, 32))
         parts += [scaled(np.concatenate(images)), np.concatenate(labels)]
-    return Dataset(*parts)
+    x_train, y_train, x_test, y_test = parts
+    return Dataset(x_train, y_train, x_test, y_test)
 
 
 def read_bytes(path: Path) -> bytes:
