@@ -9,7 +9,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { TRIES = 400, LEAST_VALUES = 40000, F32 = 4, LONG = 2048 / F32 }; // LONG: of a row, in the schedule
+enum { TRIES = 400, LEAST_VALUES = 40000, F32 = 4, LONG = 2048 / F32 };  // LONG: of a row, in the schedule
 
 // planar: rows of `columns` values for each channel; interleaved: a channel a column
 typedef struct shape {
