@@ -193,6 +193,14 @@ class Linear(Layer):
         return product(dy, self.weight)
 
 
+def passed(dy: Array, y: Array, dx: Array) -> Array:
+    """The gradient of a relu, in `dx`: 0 where y is, also of dy = Inf or NaN, of which a product would make NaN. These
+    bits take a tenth of the time of a choice for each value."""
+    bits = np.dtype(f"i{dy.itemsize}")
+    np.bitwise_and(dy.view(bits), (y <= 0).view(np.int8) - np.int8(1), out=dx.view(bits))
+    return dx
+
+
 class ReLU(Layer):
     """``max(x, 0)`` of an array of any shape; the gradient at 0 is 0."""
 
@@ -203,12 +211,7 @@ class ReLU(Layer):
 
     def backward(self, dy: Array, /) -> Array:
         y, dx = self.y, empty(dy.shape, dy.dtype)
-
-        def part(images: slice) -> None:  # not a product: where nothing passes, dy = Inf or NaN does not matter
-            np.copyto(dx[images], dy[images])
-            np.copyto(dx[images], 0, where=y[images] <= 0)
-
-        for_each(part, len(dy), MOVE * dy.size)
+        for_each(lambda part: passed(dy[part], y[part], dx[part]), len(dy), MOVE * dy.size)
         return dx
 
 
@@ -307,7 +310,7 @@ class AddReLU(Layer):
 
     def backward(self, dy: Array, /) -> Any:
         """dx, or (dx, dresidual) if there was a residual: as `fastbn.BatchNorm2d`."""
-        dx = np.where(self.y <= 0, 0, dy)
+        dx = passed(dy, self.y, np.empty_like(dy))
         return (dx, dx) if self.had_residual else dx
 
 
