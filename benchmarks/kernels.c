@@ -9,7 +9,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { TRIES = 400, LEAST_VALUES = 40000, F32 = 4, LONG = 2048 / F32 };  // LONG: of a row, in the schedule
+enum { TRIES = 400, LEAST_VALUES = 40000, F32 = 4 };
 
 // planar: rows of `columns` values for each channel; interleaved: a channel a column
 typedef struct shape {
@@ -97,13 +97,14 @@ int main(void)
         for (int activation = 0; activation < 2; activation++) {
             for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
                 const shape s = shapes[i];
+                const int is_long = s.columns * F32 >= FASTBN_LONG_RUN_BYTES;
                 fastbn_block b = block(s, activation);
                 const fastbn_block next = block(s, activation);
                 const fastbn_sizes *const sizes = fastbn_get_sizes(fastbn_sizes_here());
                 b.in_order = sizes->in_order && k->picks_cheaply;
-                b.row_by_row = sizes->row_by_row && s.columns >= LONG;
+                b.row_by_row = sizes->row_by_row && is_long;
                 b.short_strips = sizes->short_strips;
-                const int adjoins = s.planar && s.columns < LONG;
+                const int adjoins = s.planar && !is_long;
                 fastbn_kernel *const alone[] = {k->stats[s.planar], k->apply[s.planar], k->backward_stats[s.planar],
                                                 k->backward_apply[s.planar]};
                 fastbn_kernel *const adjoining[] = {k->apply_adjoining, k->backward_apply_adjoining};

@@ -96,23 +96,13 @@ cdef (uint64_t, uint64_t) span(cnp.ndarray array):
     return first, last + cnp.PyArray_ITEMSIZE(array)
 
 
-cdef bint meet(cnp.ndarray a, cnp.ndarray b):
+cpdef bint spans_overlap(cnp.ndarray a, cnp.ndarray b):
     cdef uint64_t first_a, last_a, first_b, last_b
+    if b is None:
+        return False
     first_a, last_a = span(a)
     first_b, last_b = span(b)
     return first_a < last_b and first_b < last_a and first_a < last_a and first_b < last_b
-
-
-def spans_overlap(tuple written, tuple others):
-    cdef Py_ssize_t i, j
-    for i in range(len(written)):
-        for j in range(i):
-            if meet(written[i], written[j]):
-                return True
-        for other in others:
-            if other is not None and meet(written[i], other):
-                return True
-    return False
 
 
 cdef bint is_like(cnp.ndarray x, other, bint written):
@@ -140,14 +130,10 @@ cdef bint is_plain_vector(vector, int64_t channels, bint written):
             and (not written or (cnp.PyArray_ISWRITEABLE(vector) and cnp.PyArray_STRIDE(vector, 0) != 0)))
 
 
-cdef bint may_meet(cnp.ndarray a, b):
-    return b is not None and meet(a, b)
-
-
 cdef bint is_ordinary_out(cnp.ndarray x, companion, out, bint over_x, bint over_companion):
     return (is_like(x, out, True)
-            and ((over_x and out is x) or not meet(out, x))
-            and ((over_companion and out is companion) or not may_meet(out, companion)))
+            and ((over_x and out is x) or not spans_overlap(out, x))
+            and ((over_companion and out is companion) or not spans_overlap(out, companion)))
 
 
 def are_ordinary(cnp.ndarray x, residual, out, bint over_x, bint over_residual, int64_t channels, gamma, beta,
@@ -157,11 +143,12 @@ def are_ordinary(cnp.ndarray x, residual, out, bint over_x, bint over_residual, 
         return False
     if residual is not None and not is_like(x, residual, False):
         return False
-    if update and (meet(running_mean, running_var) or meet(running_mean, x) or meet(running_var, x)
-                   or may_meet(running_mean, residual) or may_meet(running_var, residual)):
+    if update and (spans_overlap(running_mean, running_var)
+                   or spans_overlap(running_mean, x) or spans_overlap(running_mean, residual)
+                   or spans_overlap(running_var, x) or spans_overlap(running_var, residual)):
         return False
     return out is None or (is_ordinary_out(x, residual, out, over_x, over_residual)
-                           and not may_meet(out, running_mean) and not may_meet(out, running_var))
+                           and not spans_overlap(out, running_mean) and not spans_overlap(out, running_var))
 
 
 def is_ordinary_gradient(cnp.ndarray x, dy, out):

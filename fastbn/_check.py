@@ -360,7 +360,7 @@ def out_view(buffer: Array, axis: int, planar: bool) -> _layout.View:
 
 
 def _overlap(a: Array, b: Array) -> bool:
-    if not _core.spans_overlap((a,), (b,)):
+    if not _core.spans_overlap(a, b):
         return False
     try:
         return np.shares_memory(a, b, max_work=_MAX_WORK)
@@ -400,8 +400,6 @@ def updated_apart(running_mean: Array, running_var: Array, x: Array, residual: A
 
     Nothing has to be known of gamma and beta, here and in `out_apart`: they are copied before anything is written.
     """
-    if not _core.spans_overlap((running_mean, running_var), (x, residual)):
-        return
     apart("running_mean", running_mean, "running_var", running_var)
     for name, array in (("running_mean", running_mean), ("running_var", running_var)):
         apart(name, array, "x", x)

@@ -128,8 +128,8 @@ def backward(
     `statistics` are what forward has returned.
     """
 
-def spans_overlap(written: tuple[_Array, ...], others: tuple[_Array | None, ...]) -> bool:
-    """Whether the memory from first to last byte of a written array meets that of any other, of either group.
+def spans_overlap(a: _Array, b: _Array | None) -> bool:
+    """Whether the memory from the first to the last byte of one array meets that of the other.
 
     The elements between may still be apart (`numpy.shares_memory`). An empty array has no memory.
     """

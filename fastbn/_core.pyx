@@ -22,6 +22,7 @@ cdef extern from "fastbn.h" nogil:
         FASTBN_INTERLEAVED_BLOCK
         FASTBN_FOLD_BELOW
         FASTBN_MOST_NUMBERED
+        FASTBN_LONG_RUN_BYTES
         FASTBN_ALIGNMENT
         FASTBN_PLANES
 

@@ -101,8 +101,7 @@ cdef enum:
     # given, until another has sent what it knows of them to the core that needs it next.
     SERIAL_SUMS = 3 << 10
     SERIAL_CHANNELS = 8 << 10
-    # The map takes shorter runs as one, if they adjoin; and shorter rows from afar together.
-    LONG_RUN_BYTES = 2 << 10
+    # Bytes of rows that a map takes together if they are shorter and come from afar.
     LONG_ROW_BYTES = 256
     # Rows of adjoining planes for which spreading their coefficients pays, if they are not taken in order; and rows for
     # which it does not.
@@ -138,7 +137,7 @@ cdef inline int64_t positions_of(bint planar, int64_t outer, int64_t inner) noex
 
 cdef inline int64_t mask_plane(int64_t outer, int64_t inner, int64_t itemsize) noexcept nogil:
     """Bits from a plane of the mask to the next: those that a map may take as one adjoin, others begin with a group."""
-    return inner if outer >= SPREAD_ROWS and inner * itemsize < LONG_RUN_BYTES else 8 * fastbn_mask_stride(inner)
+    return inner if outer >= SPREAD_ROWS and inner * itemsize < FASTBN_LONG_RUN_BYTES else 8 * fastbn_mask_stride(inner)
 
 
 cdef bint is_dense(Job *job, const Array *array) noexcept nogil:
@@ -187,7 +186,7 @@ cdef bint align_rows(Job *job, const char *written) noexcept nogil:
     but adjoin, longer ones that begin where a line does. False if it cannot be; a mask has no address for them."""
     cdef int64_t row = job.width * job.kernels.itemsize, rows = FASTBN_ALIGNMENT // gcd(row, FASTBN_ALIGNMENT)
     if (job.mask == NULL and not job.packed and rows * job.fold <= job.outer
-            and (rows == 1 or (row < LONG_RUN_BYTES and rows * job.width <= MAP_COLUMNS))
+            and (rows == 1 or (row < FASTBN_LONG_RUN_BYTES and rows * job.width <= MAP_COLUMNS))
             and (job.dresidual.data == NULL or is_aligned(job.dresidual.data - written))
             and has_no_gaps(job, &job.x) and has_no_gaps(job, &job.residual) and has_no_gaps(job, &job.dy)
             and has_no_gaps(job, &job.y) and has_no_gaps(job, &job.dx) and has_no_gaps(job, &job.dresidual)):
@@ -235,7 +234,7 @@ cdef bint adjoining_pays(Job *job) noexcept nogil:
 
 cdef bint is_adjoining(Job *job) noexcept nogil:
     """Whether the planes of neighbouring channels adjoin in all arrays, and are short."""
-    return (job.planar and not job.packed and job.run < LONG_RUN_BYTES
+    return (job.planar and not job.packed and job.run < FASTBN_LONG_RUN_BYTES
             and is_dense(job, &job.x) and is_dense(job, &job.residual) and is_dense(job, &job.dy)
             and is_dense(job, &job.y) and is_dense(job, &job.dx) and is_dense(job, &job.dresidual))
 
@@ -291,7 +290,7 @@ cdef void cut_interleaved_map(Job *job, const char *written, int64_t x_bytes) no
     """Units of its rows. Streaming pays where they consist of whole lines of the cache, or are so long that the lines
     at their ends do not matter."""
     cdef int64_t rows, units, unit_bytes = max(LEAST_UNIT_BYTES, min(UNIT_BYTES, x_bytes // job.threads))
-    job.stream = job.stream and (align_rows(job, written) or job.width * job.kernels.itemsize >= LONG_RUN_BYTES)
+    job.stream = job.stream and (align_rows(job, written) or job.width * job.kernels.itemsize >= FASTBN_LONG_RUN_BYTES)
     rows = job.outer // job.map_fold
     job.map_rows = max(1, unit_bytes // (job.map_width * job.kernels.itemsize))
     units = ceil_div(rows, job.map_rows)
@@ -307,11 +306,11 @@ cdef void choose_tactics(Job *job, int64_t all_bytes) noexcept nogil:
     cdef bint far = all_bytes >= measured.ask_ahead
     if job.dy.data == NULL:
         job.staggered = (one_by_one and (job.large or together >= STAGGERED_BYTES)
-                         and (job.run >= LONG_RUN_BYTES or (job.adjoining and job.inner >= FASTBN_LANES)))
+                         and (job.run >= FASTBN_LONG_RUN_BYTES or (job.adjoining and job.inner >= FASTBN_LANES)))
         job.next_too = measured.next_too and job.staggered and together < STAGGERED_BYTES
     else:
         job.next_too = measured.next_too and one_by_one and job.large and 2 * together < NEXT_BYTES
-        job.staggered = (one_by_one and job.run >= LONG_RUN_BYTES and not job.next_too
+        job.staggered = (one_by_one and job.run >= FASTBN_LONG_RUN_BYTES and not job.next_too
                          and (job.large or 2 * together >= NEXT_BYTES) and 2 * together <= measured.most_beside)
     # Few rows are not worth turns with sums.
     job.in_order = job.in_order and (not job.staggered or job.outer <= UNSPREAD_ROWS)
@@ -321,7 +320,7 @@ cdef void choose_tactics(Job *job, int64_t all_bytes) noexcept nogil:
     job.reduce_asks = far if job.planar else job.large and measured.short_strips
     # Rows together share coefficients, but what they store to is not one piece of memory.
     job.row_by_row = (measured.row_by_row and not job.planar
-                      and job.width * job.kernels.itemsize >= (LONG_ROW_BYTES if far else LONG_RUN_BYTES))
+                      and job.width * job.kernels.itemsize >= (LONG_ROW_BYTES if far else FASTBN_LONG_RUN_BYTES))
 
 
 cdef void tell_finish(Job *job) noexcept nogil:
@@ -368,7 +367,7 @@ cdef void cut(Job *job) noexcept nogil:
     job.stream = (job.large and written != NULL and written != job.x.data and written != job.residual.data
                   and written != job.dy.data)
     if job.planar:
-        job.stream = job.stream and (job.adjoining or job.run >= LONG_RUN_BYTES)
+        job.stream = job.stream and (job.adjoining or job.run >= FASTBN_LONG_RUN_BYTES)
     else:
         cut_interleaved_map(job, written, x_bytes)
     if job.adjoining:

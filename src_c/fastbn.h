@@ -29,6 +29,9 @@ enum { FASTBN_ALIGNMENT = 64 };
 /* Vectors whose lanes a map of adjoining planes in the order of memory has numbers for: they fit an L1 cache. */
 enum { FASTBN_MOST_NUMBERED = 512 };
 
+/* A map takes shorter runs as one if they adjoin, and several shorter rows together if the caches hold them. */
+enum { FASTBN_LONG_RUN_BYTES = 2 << 10 };
+
 /* Channels that finish takes at once. */
 enum { FASTBN_AT_ONCE = 64 };
 
