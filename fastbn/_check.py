@@ -189,9 +189,12 @@ def array(name: str, value: Any) -> Array:
             "device='cuda' and all arrays on the GPU, or move it to the host"
         )
     try:
-        return np.asarray(value)
-    except ValueError as error:
+        found = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:  # the last two from PyTorch: of bfloat16, with gradients
         raise ArgumentError(f"{name}: expected an array_like, got {type(value).__name__}: {error}") from None
+    if found.ndim == 0 and found.dtype.kind in "OSU":
+        raise ArgumentError(f"{name}: expected an array_like, got {type(value).__name__}")
+    return found
 
 
 def supported_dtype(name: str, dtype: np.dtype[Any]) -> int:
@@ -434,8 +437,18 @@ def num_features(value: Any) -> int:
     return runtime.check_count("num_features", value, runtime.MAX_BYTES)
 
 
+def attribute(name: str, value: Any) -> Array:
+    """An array of a layer, which somebody may have replaced."""
+    if not isinstance(value, np.ndarray):
+        raise ArgumentError(f"{name}: expected an ndarray in the layer, got {type(value).__name__}")
+    return value
+
+
 def parameter_dtype(value: Any, name: str = "dtype") -> np.dtype[Any]:
     """The dtype of a layer's parameters and buffers."""
+    if isinstance(value, str) and value == "bfloat16":
+        with suppress(ImportError):  # of which NumPy learns the name
+            import ml_dtypes  # noqa: F401
     try:
         dtype: np.dtype[Any] = np.dtype(value)
     except TypeError:
@@ -448,4 +461,5 @@ def parameter_dtype(value: Any, name: str = "dtype") -> np.dtype[Any]:
 def channels(shape: tuple[int, ...], axis: int, expected: int) -> None:
     """A layer's x has as many channels as the layer."""
     if shape[axis] != expected:
-        raise ShapeError(f"x: expected {expected} channels (num_features) on axis {axis}, got shape {shape}")
+        hint = "; layout= is for other orders of the axes" if expected in shape[1:] else ""
+        raise ShapeError(f"x: expected {expected} channels (num_features) on axis {axis}, got shape {shape}{hint}")

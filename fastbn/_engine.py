@@ -138,7 +138,8 @@ class BatchNormCache:
 
 @dataclass(slots=True, eq=False)  # frozen, it would take four times as long to make
 class Gradients:
-    """Result of `batchnorm_backward`; unpacks as ``dx, dgamma, dbeta``. None stands where forward had None."""
+    """Result of `batchnorm_backward`; unpacks as ``dx, dgamma, dbeta``, but has no indices. None stands where forward
+    had None."""
 
     dx: Array
     dgamma: Array | None
@@ -240,7 +241,7 @@ def forward(
             keep,
         )
     if keep and not x.size:  # no channel has been finished
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             statistics[_core.STATISTICS_RSTD] = 1 / np.sqrt(statistics[_core.STATISTICS_VAR] + eps)
     if update and nan_guard == "raise":
         _check.finite_statistics(statistics[_core.STATISTICS_MEAN], statistics[_core.STATISTICS_VAR])
@@ -261,7 +262,7 @@ def _merged(given: Any) -> dict[str, Any]:
     merged: dict[str, Any] = {**DEFAULTS, **given}
     if len(merged) != len(DEFAULTS):
         unknown = next(name for name in merged if name not in DEFAULTS)
-        raise TypeError(f"got an unexpected keyword argument {unknown!r}")
+        raise TypeError(f"got an unexpected keyword argument {unknown!r}; the options are {', '.join(DEFAULTS)}")
     return merged
 
 

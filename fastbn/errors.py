@@ -14,7 +14,10 @@ __all__ = [
 
 
 class FastBNError(Exception):
-    """Base of every exception that fastbn raises on purpose. After one of them nothing has been written."""
+    """Base of every exception that functions and layers raise on purpose. After one of them nothing has been written.
+
+    `fastbn.nn`, the trainer, has CheckpointError and DataError besides, and raises ValueError and TypeError.
+    """
 
 
 class ShapeError(FastBNError, ValueError):

@@ -47,6 +47,7 @@ def _full_signature(function: Function) -> Function:
         for name, default in _engine.DEFAULTS.items()
     ]
     function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": own.return_annotation}
     return function
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from .errors import ArgumentError, DTypeError, ReadOnlyError, ShapeError
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "IncompatibleKeys"]
 
 Array: TypeAlias = npt.NDArray[Any]
+Layer = TypeVar("Layer", bound="_BatchNorm")
 
 
 class IncompatibleKeys(NamedTuple):
@@ -27,7 +28,7 @@ class _BatchNorm:
     """What BatchNorm1d, 2d and 3d share: all but the layout.
 
     A layer keeps the x of its last `forward` for `backward`, in evaluation too; the functions with ``training=False``
-    keep nothing.
+    keep nothing. Copies and pickles of a layer are without it.
 
     Parameters
     ----------
@@ -45,8 +46,8 @@ class _BatchNorm:
         Meaning of the axes of x; None is the channels-first layout.
     unbiased, nan_guard, activation, device, num_threads
         As in `fastbn.batchnorm2d`.
-    dtype : dtype
-        Any float dtype, of parameters and running statistics. x may have another one.
+    dtype : dtype, optional
+        Any float dtype, of parameters and running statistics; None is float32. x may have another one.
 
     Attributes
     ----------
@@ -75,7 +76,7 @@ class _BatchNorm:
         unbiased: bool = True,
         nan_guard: str = "propagate",
         activation: str | tuple[str, float] | None = None,
-        dtype: npt.DTypeLike = np.float32,
+        dtype: npt.DTypeLike | None = np.float32,
         device: str = "cpu",
         num_threads: int | None = None,
     ) -> None:
@@ -90,7 +91,7 @@ class _BatchNorm:
         self.nan_guard = _check.nan_guard(nan_guard)
         _check.activation(activation)
         self.activation = activation
-        self.dtype = _check.parameter_dtype(dtype)
+        self.dtype = _check.parameter_dtype(np.float32 if dtype is None else dtype)
         _check.device(device)
         self.device = device
         self.num_threads = _check.num_threads(num_threads)
@@ -118,6 +119,8 @@ class _BatchNorm:
         axis = _check.axis_of_layout(values.ndim, self._dimensions, self.layout)
         _check.channels(values.shape, axis, self.num_features)
         tracked = self.num_batches_tracked
+        if tracked is not None:
+            _check.attribute("num_batches_tracked", tracked)
         momentum = self.momentum
         if momentum is None:  # the average so far weighs as many batches as have been seen
             momentum = 1.0 if tracked is None else 1.0 / (int(tracked) + 1)
@@ -153,12 +156,12 @@ class _BatchNorm:
         self.weight_grad, self.bias_grad = gradients.dgamma, gradients.dbeta
         return (gradients.dx, gradients.dresidual) if self._had_residual else gradients.dx
 
-    def train(self, mode: bool = True) -> _BatchNorm:
+    def train(self: Layer, mode: bool = True) -> Layer:
         """Switch to training (or to evaluation, if `mode` is False); returns the layer."""
         self.training = _check.boolean("mode", mode)
         return self
 
-    def eval(self) -> _BatchNorm:
+    def eval(self: Layer) -> Layer:
         """Switch to evaluation; returns the layer."""
         return self.train(False)
 
@@ -171,10 +174,17 @@ class _BatchNorm:
 
     def _state(self) -> dict[str, Array]:
         names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        found = {name: getattr(self, name) for name in names}
+        return {name: _check.attribute(name, value) for name, value in found.items() if value is not None}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cache": None}  # which is as large as the batch
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of parameters and running statistics, with the keys, shapes and dtypes of PyTorch."""
+        """Copies of parameters and running statistics, with the keys, shapes and dtypes of PyTorch.
+
+        Its `load_state_dict` wants tensors: ``{name: torch.from_numpy(value) for name, value in state.items()}``.
+        """
         return {name: array.copy() for name, array in self._state().items()}
 
     def load_state_dict(self, state: Mapping[str, npt.ArrayLike], strict: bool = True) -> IncompatibleKeys:
@@ -215,6 +225,8 @@ class _BatchNorm:
                 raise ReadOnlyError(f"{name}: expected a writable array in the layer, got a read-only one")
             with np.errstate(all="ignore"):  # what is too large for the layer's dtype becomes Inf
                 new[name] = values.astype(target.dtype)
+            if name == "num_batches_tracked" and new[name] < 0:
+                raise ArgumentError(f"{name}: expected a number of batches, got {new[name]}")
         for name, values in new.items():
             own[name][...] = values
         return IncompatibleKeys(missing, unexpected)
@@ -228,6 +240,14 @@ class _BatchNorm:
             options.append(f"nan_guard={self.nan_guard!r}")
         if self.activation is not None:
             options.append(f"activation={self.activation!r}")
+        if not self.unbiased:
+            options.append("unbiased=False")
+        if self.dtype != np.float32:
+            options.append(f"dtype={self.dtype.name!r}")
+        if self.device != "cpu":
+            options.append(f"device={self.device!r}")
+        if self.num_threads is not None:
+            options.append(f"num_threads={self.num_threads}")
         return f"{type(self).__name__}({', '.join(options)})"
 
 

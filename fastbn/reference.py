@@ -1,7 +1,8 @@
 """What fastbn computes, in plain float64 NumPy: the definition that all tests compare with.
 
 Same names and arguments as `fastbn.functional`, but for `out`, `device` and `num_threads`; nothing is checked, nothing
-is fast, results are float64. Running arrays are updated in place, as there. Source: Ioffe and Szegedy 2015,
+is fast, results are float64, and those of backward and of statistics are plain named tuples, of four gradients and of
+count, mean and m2. Running arrays are updated in place, as there. Source: Ioffe and Szegedy 2015,
 arXiv:1502.03167, Algorithms 1 and 2 and section 3.
 
 Activations: `ACTIVATIONS[name]` is the pair (y from v, slope from v); both also take the slope of leaky_relu. NaN and
@@ -122,7 +123,8 @@ def merge(a: Stats, b: Stats) -> Stats:
         return a if b.count == 0 else b
     count = a.count + b.count
     delta = b.mean - a.mean
-    return Stats(count, a.mean + delta * b.count / count, a.m2 + b.m2 + delta**2 * a.count * b.count / count)
+    mean = a.mean * (a.count / count) + b.mean * (b.count / count)
+    return Stats(count, mean, a.m2 + b.m2 + delta**2 * a.count * b.count / count)
 
 
 def update_running(running: Array, batch: Float64Array, momentum: float) -> None:

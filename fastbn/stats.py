@@ -49,7 +49,8 @@ class Stats:
         """
         degrees = self.count - 1 if _check.boolean("unbiased", unbiased) else self.count
         if degrees < 1:
-            raise SingleValueError(f"count: expected at least {self.count - degrees + 1} values, got {self.count}")
+            least = self.count - degrees + 1
+            raise SingleValueError(f"var: expected a count of at least {least} per channel, got {self.count}")
         return np.asarray(self.m2 / degrees)
 
     def merge(self, other: Stats) -> Stats:
@@ -70,9 +71,9 @@ class Stats:
         if self.count == 0 or other.count == 0:
             return self if other.count == 0 else other
         count = self.count + other.count
-        with np.errstate(invalid="ignore", over="ignore"):  # a channel with Inf becomes NaN, without a warning
+        with np.errstate(invalid="ignore", over="ignore"):  # a channel with Inf has no variance, without a warning
             delta = other.mean - self.mean
-            mean = self.mean + delta * (other.count / count)
+            mean = np.where(np.isfinite(delta), self.mean + delta * (other.count / count), self.mean + other.mean)
             m2 = self.m2 + other.m2 + delta * delta * (self.count * (other.count / count))
         return Stats(count, mean, m2)
 

@@ -366,8 +366,8 @@ BITS_OF_THIS_VERSION: dict[str, tuple[str, str]] = {
 
 def checksum_of_results(dtype, order):
     """The data are made by exact operations: several blocks of every kind, a first value (for float64), and a mean (for
-    the others), just so far away that the sums are made again, rows of a whole number of vectors, and too few images for
-    short planes to be rows."""
+    the others), just so far away that the sums are made again, rows of a whole number of vectors, and too few images
+    for short planes to be rows."""
     checksum = hashlib.sha256()
     for shape, outlier, offset in (
         ((9, 5, 40, 60), 0, 0),

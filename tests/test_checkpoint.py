@@ -181,6 +181,8 @@ def test_ctrl_c_without_checkpoint_says_that_nothing_was_saved(monkeypatch, caps
     monkeypatch.setattr(nn, "fit", interrupt)
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "fastbn train: interrupted; nothing was saved (--checkpoint FILE does)\n"
+    assert cli.main(["train", "--compare"]) == 130  # which has no checkpoints
+    assert capsys.readouterr().err == "fastbn train: interrupted; nothing was saved\n"
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])

@@ -110,6 +110,8 @@ def test_resume_refuses_options_that_contradict_the_checkpoint(tmp_path, capsys)
     ]:
         code, out, err = run(capsys, "train", "--resume", path, *arguments)
         assert (code, out) == (2, "") and err.count("\n") == 1 and message in err
+    code, out, err = run(capsys, "train", "--checkpoint", path)
+    assert (code, out) == (2, "") and f"--checkpoint {path}: exists; --resume {path} continues it" in err
     assert path.read_bytes() == before
 
     # What is not said is taken from the file.
@@ -121,6 +123,11 @@ def test_resume_refuses_options_that_contradict_the_checkpoint(tmp_path, capsys)
     assert run(capsys, "train", "--epochs", 1, "--checkpoint", batchnorm)[0] == 0
     code, _, err = run(capsys, "train", "--epochs", 2, "--no-bn", "--resume", batchnorm)
     assert code == 2 and "--no-bn: " in err and "batch_norm = True" in err
+
+    scheduled = tmp_path / "scheduled"
+    assert run(capsys, "train", "--epochs", 1, "--schedule", "cosine", "--checkpoint", scheduled)[0] == 0
+    code, _, err = run(capsys, "train", "--resume", scheduled)
+    assert code == 2 and "has 1 epochs already: with the schedule cosine they are all" in err
 
 
 @needs_extra

@@ -8,6 +8,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,12 @@ def test_docs_code_runs(page, extra, tmp_path, monkeypatch):
     names = {"__name__": "page"}
     for number, block in enumerate(python):
         exec(compile(block, f"{page}, Python block {number + 1}", "exec"), names)
+
+
+@pytest.mark.parametrize("name", [name for name in fastbn.__all__ if name.startswith("batchnorm")])
+def test_docs_tools_resolve_annotations(name):
+    hints = typing.get_type_hints(getattr(fastbn, name))
+    assert "return" in hints and set(inspect.signature(getattr(fastbn, name)).parameters) == hints.keys() - {"return"}
 
 
 def anchors(page):

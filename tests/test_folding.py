@@ -74,6 +74,11 @@ def test_folded_model_gives_the_same_logits(name, layout):
     assert norms[0] and not norms[1]
 
 
+def test_folding_takes_identity_as_none():
+    model = nn.Sequential(nn.Linear(3, 2, rng=0), fastbn.BatchNorm1d(2, activation="identity"))
+    assert [type(layer) for layer in nn.fold(model).layers] == [nn.Linear]
+
+
 def test_folding_leaves_batchnorm_behind_an_activation():
     model = nn.MODELS["keras_cnn"](input_shape=(1, 8, 8), rng=0)
     x = np.random.default_rng(0).random((4, 8, 8, 1), np.float32)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import fastbn
-from combinations import each_dtype, each_isa, streaming
+from combinations import PROCESSORS, each_dtype, each_isa, streaming, tuned_for
+from problems import assert_same_bits, make_random
 
 PAGE = mmap.PAGESIZE
 PROT_NONE, PROT_READ_WRITE = 0, 3
@@ -73,6 +74,24 @@ def test_nothing_beyond_the_arrays_is_touched(stream, isa, dtype, family, at_end
             fastbn.batchnorm(x, gamma, beta, out=x, **statistics)
             for guard in guarded:
                 guard.protect(PROT_READ_WRITE)
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+@each_isa
+@each_dtype
+def test_nothing_beyond_the_last_group_is_touched(isa, dtype, processor):
+    """Large groups of unequal size, of which the last has its sums made beside the map of the one before."""
+    shape = (2, 100, 2400 // dtype.itemsize)
+    guarded = [Guarded(make_random(shape, 1, dtype, seed), True) for seed in range(3)]
+    x, dy, out = (guard.array for guard in guarded)
+    expected = fastbn.batchnorm(x)
+    _, cache = fastbn.batchnorm_forward(x)
+    gradient = fastbn.batchnorm_backward(dy, cache).dx
+    with fastbn.runtime.isa(isa), streaming(True), tuned_for(processor):
+        assert_same_bits(fastbn.batchnorm(x, out=out, num_threads=1), expected)
+        assert_same_bits(fastbn.batchnorm_backward(dy, cache, out=out, num_threads=1).dx, gradient)
+    for guard in guarded:
+        guard.protect(PROT_READ_WRITE)
 
 
 def test_the_guard_would_notice():

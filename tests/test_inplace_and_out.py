@@ -43,6 +43,15 @@ def test_out_may_be_x(arrays):
     assert_same_bits(buffer, expected)
 
 
+@pytest.mark.parametrize("channels", [1000, 2500])
+def test_out_may_be_an_x_that_is_packed(channels):
+    """Each value is mapped once, also where a row is packed in parts."""
+    buffer = make_random((40, 2 * channels), 1, np.float32, 0)[:, ::2]
+    expected = fastbn.batchnorm(buffer.copy())
+    assert fastbn.batchnorm(buffer, out=buffer) is buffer
+    assert_same_bits(buffer, expected)
+
+
 def test_out_may_be_another_view_of_the_memory_of_x(arrays):
     x = arrays[0]
     expected = fastbn.batchnorm(x, GAMMA, BETA)

@@ -1,5 +1,8 @@
 """Layers: PyTorch's meaning, state and keys; backward; empty batches."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 
@@ -295,3 +298,59 @@ def test_layers_print_what_they_are():
         "layout='NHWC', activation='relu')"
     )
     assert "nan_guard='skip'" in repr(fastbn.BatchNorm2d(3, nan_guard="skip"))
+    other = repr(fastbn.BatchNorm2d(3, dtype="f8", unbiased=False, num_threads=2))
+    assert other.endswith("unbiased=False, dtype='float64', num_threads=2)")
+
+
+def test_layers_dtype_may_be_none_or_a_name():
+    assert fastbn.BatchNorm2d(3, dtype=None).dtype == np.float32
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    assert fastbn.BatchNorm2d(3, dtype="bfloat16").running_mean.dtype == ml_dtypes.bfloat16
+
+
+def test_layers_are_copied_without_their_last_batch():
+    layer = fastbn.BatchNorm1d(3)
+    layer(batch((1000, 3)))
+    assert len(pickle.dumps(layer)) < 3000
+    other = copy.deepcopy(layer)
+    assert_same_bits(other(batch((8, 3))), layer(batch((8, 3))))
+    with pytest.raises(fastbn.ArgumentError, match="expected a call of BatchNorm1d"):
+        pickle.loads(pickle.dumps(layer)).backward(batch((8, 3)))
+    layer.backward(batch((8, 3)))
+
+
+@pytest.mark.parametrize("count", [0, np.int64(5)], ids=["int", "NumPy's int"])
+def test_layers_refuse_a_count_that_cannot_be_counted_up(count):
+    layer = fastbn.BatchNorm1d(3, momentum=None)
+    layer.num_batches_tracked = count
+    for use in (lambda: layer(batch((8, 3))), layer.state_dict):
+        with pytest.raises(fastbn.ArgumentError, match="num_batches_tracked: expected an ndarray in the layer"):
+            use()
+    assert layer.running_mean.tolist() == [0, 0, 0]
+
+
+def test_layers_state_has_arrays_only_and_no_negative_count():
+    layer = fastbn.BatchNorm1d(3)
+    state = layer.state_dict()
+    with pytest.raises(fastbn.ArgumentError, match="num_batches_tracked: expected a number of batches, got -1"):
+        layer.load_state_dict(state | {"weight": np.zeros(3), "num_batches_tracked": np.array(-1)})
+    assert layer.weight.tolist() == [1, 1, 1]
+    layer.weight = [1.0, 1.0, 1.0]
+    for use in (layer.state_dict, lambda: layer.load_state_dict(state)):
+        with pytest.raises(fastbn.ArgumentError, match="weight: expected an ndarray in the layer, got list"):
+            use()
+
+
+def test_layers_of_an_empty_batch_do_not_warn_of_a_negative_variance():
+    layer = fastbn.BatchNorm1d(3).eval()
+    layer.running_var[...] = -1
+    with np.errstate(all="raise"):
+        assert layer(batch((0, 3))).shape == (0, 3)
+
+
+def test_layers_name_the_key_of_a_tensor_that_numpy_cannot_read():
+    torch = pytest.importorskip("torch")
+    layer, theirs = fastbn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+    for state in (dict(theirs.named_parameters()), theirs.bfloat16().state_dict()):
+        with pytest.raises(fastbn.ArgumentError, match=r"weight: expected an array_like, got (Parameter|Tensor): "):
+            layer.load_state_dict(state, strict=False)

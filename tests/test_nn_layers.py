@@ -269,10 +269,31 @@ def test_initial_weights_follow_pytorch():
 def test_train_and_eval_reach_every_layer():
     model = nn.Sequential(nn.Sequential(fastbn.BatchNorm2d(1), nn.ReLU()))
     batchnorm, relu = model.layers[0].layers
-    model.eval()
+    assert model.eval() is model
     assert not batchnorm.training and not relu.training
-    model.train()
+    assert model.train() is model
     assert batchnorm.training and relu.training
+    model.train(False)
+    assert not batchnorm.training and not relu.training
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel_size": 0}, "kernel_size: expected an integer of at least 1, got 0"),
+        ({"kernel_size": (3, 3)}, r"kernel_size: expected an integer of at least 1, got \(3, 3\)"),
+        ({"kernel_size": 3, "stride": 0}, "stride: expected an integer of at least 1, got 0"),
+        ({"kernel_size": 3, "padding": -1}, "padding: expected an integer of at least 0"),
+        ({"kernel_size": 3, "padding": "valid"}, 'padding: expected an integer of at least 0 or "same", got .valid.'),
+    ],
+    ids=str,
+)
+def test_conv_refuses_sizes_that_are_none(options, message):
+    with pytest.raises(ValueError, match=message):
+        nn.Conv2d(1, 1, **options)
+    if "padding" not in options:
+        with pytest.raises(ValueError, match=message):
+            nn.MaxPool2d(**options)
 
 
 def test_load_state_dict_copies_and_refuses_what_does_not_fit():

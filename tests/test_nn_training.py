@@ -39,6 +39,48 @@ def numbers(history):
     return [{name: value for name, value in epoch.items() if name != TIMING} for epoch in history]
 
 
+@pytest.mark.parametrize(("count", "size"), [(5, 2), (1, 2), (6, 2), (7, 3), (9, 4), (3, 64), (4, 1), (0, 8)])
+def test_batches_are_equal_and_none_has_one_image(count, size):
+    sizes = [len(part) for part in nn.data.batches(np.arange(count), size)]
+    assert sum(sizes) == count and max(sizes) - min(sizes) <= 1
+    assert max(sizes) <= size + (size == 2)
+    assert min(sizes) > 1 or size == 1 or count < 2
+
+
+def test_training_with_two_images_a_batch(digits):
+    few = nn.Dataset(digits.x_train[:5], digits.y_train[:5], digits.x_test[:5], digits.y_test[:5])
+    model = nn.MODELS["mlp_relu"](input_shape=few.input_shape, rng=0)
+    history = nn.fit(model, nn.SGD(model, 0.1), few, epochs=1, batch_size=2, rng=0, log=silent)
+    assert math.isfinite(history[0]["train_loss"])
+    nn.recalibrate(model, few.x_train, 2)
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+        nn.recalibrate(model, few.x_train, 0)
+
+
+def test_labels_are_one_class_for_each_image():
+    logits, labels = np.zeros((3, 2), np.float32), np.array([0, 1, 1])
+    assert nn.softmax_cross_entropy(logits, labels)[0] == pytest.approx(math.log(2))
+    for wrong in (labels[:, np.newaxis], labels[:2]):
+        with pytest.raises(ValueError, match=r"labels: expected shape \(3,\)"):
+            nn.softmax_cross_entropy(logits, wrong)
+        with pytest.raises(ValueError, match=r"labels: expected shape \(3,\)"):
+            nn.evaluate(nn.Sequential(nn.Flatten()), logits, wrong)
+    for wrong in (labels - 1, labels + 1):
+        with pytest.raises(ValueError, match="labels: expected 0 to 1 "):
+            nn.softmax_cross_entropy(logits, wrong)
+    with pytest.raises(TypeError, match="labels: expected integers, got float64"):
+        nn.softmax_cross_entropy(logits, labels / 2)
+
+
+@pytest.mark.parametrize("optimizer", [nn.SGD, nn.Adam])
+def test_optimizers_want_a_model_and_its_gradients(optimizer):
+    model = nn.Linear(2, 2, rng=0)
+    with pytest.raises(TypeError, match="layer: expected a layer or model, got list"):
+        optimizer(nn.parameters(model), 0.1)
+    with pytest.raises(ValueError, match="step: expected a backward of the model before"):
+        optimizer(model, 0.1).step()
+
+
 def test_digits_are_split_the_same_way_and_by_class(digits):
     assert digits.x_train.shape == (1437, 1, 8, 8) and digits.x_test.shape == (360, 1, 8, 8)
     assert digits.x_train.dtype == np.float32 and digits.x_train.min() == 0 and digits.x_train.max() == 1

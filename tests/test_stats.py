@@ -88,6 +88,14 @@ def test_stats_merge_of_parts_is_the_whole(parts):
     np.testing.assert_allclose(merged.var(), whole.var(), rtol=4 * 64 * 100 * U64)
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_stats_merge_of_a_mean_that_is_not_finite_is_the_same_from_either_side(value):
+    a, b = fastbn.batchnorm_stats([[value], [1.0]]), fastbn.batchnorm_stats([[1.0], [1.0]])
+    for merged in (a.merge(b), b.merge(a)):
+        np.testing.assert_array_equal(merged.mean, [value])
+        assert np.isnan(merged.m2).all()
+
+
 def test_stats_merge_with_nothing_is_the_same_from_either_side():
     some = fastbn.batchnorm_stats(make_random((4, 2), 1, np.float32))
     none = fastbn.batchnorm_stats(np.zeros((0, 2), np.float32))
@@ -115,9 +123,9 @@ def test_stats_variance_is_population_or_unbiased():
 def test_stats_of_one_value_have_no_unbiased_variance():
     stats = fastbn.batchnorm_stats([[5.0, 6.0]])
     assert (stats.count, stats.mean.tolist(), stats.var().tolist()) == (1, [5.0, 6.0], [0.0, 0.0])
-    with pytest.raises(fastbn.SingleValueError, match="at least 2 values, got 1"):
+    with pytest.raises(fastbn.SingleValueError, match="at least 2 per channel, got 1"):
         stats.var(unbiased=True)
-    with pytest.raises(fastbn.SingleValueError, match="at least 1 values, got 0"):
+    with pytest.raises(fastbn.SingleValueError, match="at least 1 per channel, got 0"):
         fastbn.batchnorm_stats(np.zeros((0, 2))).var()
 
 

@@ -91,7 +91,9 @@ TABLE = [
     # x
     ("x-int-hint", lambda a: fastbn.batchnorm([[1, 2], [3, 4]]), DTypeError, "astype(np.float32)"),
     ("x-longdouble", lambda a: fastbn.batchnorm(a.x.astype(np.longdouble)), DTypeError, "x: expected dtype"),
-    ("x-none", lambda a: fastbn.batchnorm2d(None), ShapeError, "x: expected 4 (NCHW) dimensions, got 0"),
+    ("x-none", lambda a: fastbn.batchnorm2d(None), ArgumentError, "x: expected an array_like, got NoneType"),
+    ("x-text", lambda a: fastbn.batchnorm("image"), ArgumentError, "x: expected an array_like, got str"),
+    ("x-dict", lambda a: fastbn.batchnorm_stats({}), ArgumentError, "x: expected an array_like, got dict"),
     ("x-scalar", lambda a: fastbn.batchnorm(1.0), ShapeError, "x: expected at least 1 dimension, got 0"),
     ("x-rank-1d", lambda a: fastbn.batchnorm1d(a.x), ShapeError, "x: expected 2 (NC) or 3 (NCL) dimensions, got 4"),
     ("x-rank-2d", lambda a: fastbn.batchnorm2d(a.x[0]), ShapeError, "x: expected 4 (NCHW) dimensions, got 3"),
@@ -552,7 +554,7 @@ def test_validation_of_a_gradient_that_is_none_or_the_kept_x():
     x = make_random((2, 4, 6, 6), 1, np.float32)
     _y, cache = fastbn.batchnorm_forward(x)
     for out in (None, np.empty_like(x)):
-        with pytest.raises(ShapeError, match="dy: expected shape"):
+        with pytest.raises(ArgumentError, match="dy: expected an array_like, got NoneType"):
             fastbn.batchnorm_backward(None, cache, out=out)
     with pytest.raises(AliasError, match="out: expected an array apart from x"):
         fastbn.batchnorm_backward(x, cache, out=x)
@@ -560,9 +562,15 @@ def test_validation_of_a_gradient_that_is_none_or_the_kept_x():
         fastbn.batchnorm2d_forward(x, residual=x, out=x)
     layer = fastbn.BatchNorm2d(4)
     layer(x)
-    with pytest.raises(ShapeError, match="dy: expected shape"):
+    with pytest.raises(ArgumentError, match="dy: expected an array_like, got NoneType"):
         layer.backward(None)
     np.testing.assert_array_equal(x, make_random((2, 4, 6, 6), 1, np.float32))
+
+
+def test_validation_of_a_tensor_that_records_gradients():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(ArgumentError, match="x: expected an array_like, got Tensor: Can't call numpy"):
+        fastbn.batchnorm(torch.ones(4, 3, requires_grad=True))
 
 
 def test_validation_remembers_some_options_and_no_arrays():

@@ -26,8 +26,8 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="for a JSON file and a picture of each experiment, and FOLDER.md; seeds that are there are not measured "
-        "again (default 'experiments', 'experiments-quick' with --quick)",
+        help="for a JSON file and a picture of each experiment, and without --quick FOLDER.md; seeds that are there "
+        "are not measured again (default 'experiments', 'experiments-quick' with --quick)",
     )
     parser.add_argument(
         "--num-threads", type=THREADS, default=1, metavar="N", help="of fastbn and of the layers (default 1)"
@@ -42,7 +42,10 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         raise UsageError(f"not installed: {', '.join(missing)}; the command is: pip install 'fastbn[train]'")
     folder = args.output or Path("experiments-quick" if args.quick else "experiments")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UsageError(f"--output {folder}: is not a folder") from None
     seeds = range(args.seeds or (1 if args.quick else SEEDS))
     chosen = list(experiments.EXPERIMENTS) if args.name == "all" else [args.name]
     load = functools.cache(functools.partial(nn.load, data))

@@ -76,7 +76,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mistakes", type=picture, metavar="FILE", help="write confusion matrix and misclassified images as a PNG"
     )
-    parser.add_argument("--checkpoint", type=output, metavar="FILE", help="save the state after every epoch")
+    parser.add_argument(
+        "--checkpoint", type=output, metavar="FILE", help="save the state after every epoch; a new file"
+    )
     parser.add_argument("--resume", type=Path, metavar="FILE", help="continue from a checkpoint, and save to it")
     parser.add_argument(
         "--num-threads",
@@ -122,6 +124,8 @@ def resolve(args: argparse.Namespace) -> tuple[dict[str, Any], checkpoint.Checkp
     if args.compare and args.mistakes is not None:
         raise UsageError("--mistakes shows one network, --compare trains two")
     if args.resume is None:
+        if args.checkpoint is not None and args.checkpoint.exists():
+            raise UsageError(f"--checkpoint {args.checkpoint}: exists; --resume {args.checkpoint} continues it")
         return DEFAULTS | given, None
     saved = checkpoint.load(args.resume)
     check_config(args.resume, saved.config)
@@ -133,7 +137,10 @@ def resolve(args: argparse.Namespace) -> tuple[dict[str, Any], checkpoint.Checkp
             raise UsageError(f"{option}: {args.resume} was trained with {name} = {saved.config[name]}")
     config = saved.config | given
     if len(saved.history) >= config["epochs"]:
-        raise UsageError(f"{args.resume} has {len(saved.history)} epochs already: --epochs must ask for more")
+        advice = "--epochs must ask for more"
+        if config["schedule"] != "constant":
+            advice = f"with the schedule {config['schedule']} they are all"
+        raise UsageError(f"{args.resume} has {len(saved.history)} epochs already: {advice}")
     return config, saved
 
 
@@ -251,7 +258,7 @@ def train(args: argparse.Namespace) -> int:
                 advice = (
                     f"continue with: fastbn train --resume {save_to}"
                     if save_to
-                    else "nothing was saved (--checkpoint FILE does)"
+                    else "nothing was saved" + ("" if args.compare else " (--checkpoint FILE does)")
                 )
                 print(f"fastbn train: interrupted; {advice}", file=sys.stderr)
                 return 130

@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 
 from fastbn.memory import empty
 from fastbn.nn import _windows
-from fastbn.nn.layers import Array, Layer, Rng, Sequential, channel_axis, initial
+from fastbn.nn.layers import Array, Layer, Rng, Sequential, at_least, channel_axis, initial
 from fastbn.nn.threads import for_each
 
 TILE_BYTES = 1 << 21  # of gathered windows: in the L3 cache; with smaller tiles threads wait more often for the GIL
@@ -173,6 +173,10 @@ class Conv2d(Layer):
         rng: Rng = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
+        for name, value in (("kernel_size", kernel_size), ("stride", stride)):
+            at_least(name, value, 1)
+        if padding != "same":
+            at_least("padding", padding, 0, ' or "same"')
         rng = np.random.default_rng(rng)
         # The two axes of an image; a sequence is an image of height 1.
         self.kernel: Pair = (kernel_size if self.dimensions == 2 else 1, kernel_size)

@@ -164,6 +164,15 @@ def checked(path: Path, labels: Array, classes: int) -> Array:
     return labels.astype(np.int64)
 
 
+def batches(x: Array, batch_size: int) -> list[Array]:
+    """x in parts of nearly equal size, none larger than `batch_size`. If that is 2, one may have 3 images: one alone
+    could have no variance."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    parts = len(x) // 2 if batch_size == 2 else -(-len(x) // batch_size)
+    return np.array_split(x, max(1, parts))
+
+
 def augment(
     images: Array, rng: np.random.Generator, *, shift: int = 0, flip: bool = False, layout: str = "NCHW"
 ) -> Array:

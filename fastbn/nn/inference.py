@@ -9,10 +9,13 @@ import numpy as np
 
 import fastbn
 from fastbn.nn.conv import Conv2d
+from fastbn.nn.data import batches
 from fastbn.nn.layers import Array, Layer, LayerLike, Linear, ReLU, Sequential, walk
+from fastbn.nn.loss import one_for_each
 
 Model = TypeVar("Model", bound=Layer)
 BATCH_NORM = (fastbn.BatchNorm1d, fastbn.BatchNorm2d, fastbn.BatchNorm3d)
+IDENTITY = fastbn.runtime.activations()[0]
 
 
 def predict(model: LayerLike, x: Array, batch_size: int = 256) -> Array:
@@ -23,7 +26,8 @@ def predict(model: LayerLike, x: Array, batch_size: int = 256) -> Array:
 
 
 def evaluate(model: LayerLike, x: Array, labels: Array, batch_size: int = 256) -> float:
-    """Share of images classified correctly, in inference mode."""
+    """Share of images classified correctly, in inference mode; `labels` is an integer for each, of shape (N,)."""
+    one_for_each(labels, len(x))
     return float((predict(model, x, batch_size) == labels).mean())
 
 
@@ -45,7 +49,7 @@ def recalibrate(model: LayerLike, x: Array, batch_size: int = 256) -> None:
         for norm in norms:
             norm.train()
             norm.momentum, norm.unbiased = 1.0, False  # the running statistics become those of the batch
-        for batch in np.array_split(x, -(-len(x) // batch_size)):
+        for batch in batches(x, batch_size):
             for norm in norms:
                 norm.reset_running_stats()  # NaN would stay whatever its weight is
             model.forward(batch)
@@ -93,7 +97,7 @@ def _folded(layers: tuple[LayerLike, ...]) -> list[LayerLike]:
             and isinstance(layer, BATCH_NORM)
             and layer.running_mean is not None
             and layer.running_var is not None
-            and layer.activation in (None, "relu")
+            and layer.activation in (None, IDENTITY, "relu")
         ):
             before.weight, before.bias = fastbn.fold_into_conv(
                 before.weight,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -21,6 +21,7 @@ from fastbn.nn.threads import MOVE, for_each, product
 from fastbn.nn.threads import Array as Array
 
 State = dict[str, Array]
+Self = TypeVar("Self", bound="Layer")
 Rng = np.random.Generator | int | None
 
 
@@ -31,14 +32,16 @@ class LayerLike(Protocol):
 
     def forward(self, x: Array, /) -> Array: ...
     def backward(self, dy: Array, /) -> Any: ...
-    def train(self) -> Any: ...
+    def train(self, mode: bool = True) -> Any: ...
     def eval(self) -> Any: ...
     def state_dict(self) -> State: ...
     def load_state_dict(self, state: Any, /) -> Any: ...
 
 
 def walk(layer: Any) -> Iterator[Any]:
-    """The layer and all that it is made of, in the order of its state."""
+    """The layer and all that it is made of, in the order of its state; TypeError if it is none."""
+    if not hasattr(layer, "forward"):
+        raise TypeError(f"layer: expected a layer or model, got {type(layer).__name__}")
     yield layer
     for inner in getattr(layer, "layers", ()):
         yield from walk(inner)
@@ -55,6 +58,14 @@ def parameters(layer: LayerLike) -> list[tuple[Array, Any]]:
         for name in ("weight", "bias")
         if getattr(part, name, None) is not None
     ]
+
+
+def gradients(layer: LayerLike) -> list[tuple[Array, Array]]:
+    """`parameters`, for who needs all gradients; ValueError before the first backward."""
+    pairs = parameters(layer)
+    if any(gradient is None for _, gradient in pairs):
+        raise ValueError("step: expected a backward of the model before, which leaves gradients, got none")
+    return pairs
 
 
 def copies(state: State) -> State:
@@ -76,6 +87,12 @@ def initial(rng: np.random.Generator, shape: tuple[int, ...], fan_in: int, dtype
     """Uniform within ``1 / sqrt(fan_in)``: PyTorch's default for weights (Kaiming with a = sqrt(5)) and biases."""
     bound = fan_in**-0.5
     return rng.uniform(-bound, bound, shape).astype(dtype)
+
+
+def at_least(name: str, value: Any, least: int, other: str = "") -> None:
+    """ValueError for an argument that is no such integer."""
+    if not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}{other}, got {value!r}")
 
 
 def channel_axis(layout: str, first: str = "NCHW", last: str = "NHWC") -> int:
@@ -109,17 +126,16 @@ class Layer:
         ``bias_grad``."""
         raise NotImplementedError
 
-    def train(self) -> None:
-        """Switch to training, with all layers within."""
-        self.training = True
+    def train(self: Self, mode: bool = True) -> Self:
+        """Switch to training (or to inference, if `mode` is False), with all layers within; returns the layer."""
+        self.training = mode
         for layer in self.layers:
-            layer.train()
+            layer.train(mode)
+        return self
 
-    def eval(self) -> None:
-        """Switch to inference, with all layers within."""
-        self.training = False
-        for layer in self.layers:
-            layer.eval()
+    def eval(self: Self) -> Self:
+        """Switch to inference, with all layers within; returns the layer."""
+        return self.train(False)
 
     def _state(self) -> State:
         return {name: getattr(self, name) for name in ("weight", "bias") if getattr(self, name, None) is not None}

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastbn.nn.layers import Array, LayerLike, State, copies, copy_into, parameters
+from fastbn.nn.layers import Array, LayerLike, State, copies, copy_into, gradients, parameters
 
 
 class Optimizer(Protocol):
@@ -55,7 +55,7 @@ class SGD(_WithState):
         self.velocities = [np.zeros_like(value) for value, _ in parameters(model)]
 
     def step(self) -> None:
-        for velocity, (value, gradient) in zip(self.velocities, parameters(self.model), strict=True):
+        for velocity, (value, gradient) in zip(self.velocities, gradients(self.model), strict=True):
             velocity *= self.momentum
             velocity += gradient + self.weight_decay * value
             value -= self.lr * velocity
@@ -94,12 +94,13 @@ class Adam(_WithState):
         self.squares = [np.zeros_like(value) for value, _ in parameters(model)]
 
     def step(self) -> None:
+        pairs = gradients(self.model)
         self.steps += 1
         beta1, beta2 = self.betas
         # The averages start at 0: they are divided by the weight that has come in so far.
         scale = self.lr / (1 - beta1 ** int(self.steps))
         root = math.sqrt(1 - beta2 ** int(self.steps))
-        for mean, square, (value, gradient) in zip(self.means, self.squares, parameters(self.model), strict=True):
+        for mean, square, (value, gradient) in zip(self.means, self.squares, pairs, strict=True):
             gradient = gradient + self.weight_decay * value
             mean += (1 - beta1) * (gradient - mean)
             square += (1 - beta2) * (gradient * gradient - square)

@@ -14,7 +14,7 @@ import numpy as np
 import fastbn
 from fastbn.nn import checkpoint
 from fastbn.nn.conv import without_input_gradient
-from fastbn.nn.data import Dataset
+from fastbn.nn.data import Dataset, batches
 from fastbn.nn.inference import evaluate
 from fastbn.nn.layers import Array, LayerLike
 from fastbn.nn.loss import softmax_cross_entropy
@@ -51,7 +51,7 @@ def fit(
     *,
     epochs: int,
     batch_size: int,
-    rng: np.random.Generator,
+    rng: np.random.Generator | int,
     schedule: Schedule = constant,
     augment: Augmentation | None = None,
     history: list[Epoch] | None = None,
@@ -64,8 +64,9 @@ def fit(
     Parameters
     ----------
     batch_size : int
-        The most images of a batch: the batches of an epoch are of nearly equal size.
-    rng : numpy.random.Generator
+        The most images of a batch: the batches of an epoch are of nearly equal size. (If it is 2, an odd one out makes
+        one of 3: alone it could have no variance.)
+    rng : numpy.random.Generator or int
         Shuffles and augments. The same state gives the same result, bit for bit, on the same machine.
     schedule : callable
         Factor of the optimizer's learning rate after so many epochs, fractions included: `fastbn.nn.cosine` and others.
@@ -87,6 +88,7 @@ def fit(
     """
     from tqdm import tqdm
 
+    rng = np.random.default_rng(rng)
     history = [] if history is None else history
     log(HEADER)
     for epoch in history:
@@ -106,12 +108,11 @@ def fit(
         for number in range(len(history) + 1, epochs + 1):
             model.train()
             loss_sum, correct, start = 0.0, 0, time.perf_counter()
-            # Equal parts, because a last batch of one image could have no variance to normalize with.
-            batches = np.array_split(rng.permutation(images), math.ceil(images / batch_size))
-            progress = tqdm(batches, desc=f"epoch {number}/{epochs}", unit="batch", leave=False, disable=None)
+            parts = batches(rng.permutation(images), batch_size)
+            progress = tqdm(parts, desc=f"epoch {number}/{epochs}", unit="batch", leave=False, disable=None)
             for step, batch in enumerate(progress):
                 x, labels = data.x_train[batch], data.y_train[batch]
-                optimizer.lr = rate * schedule(number - 1 + step / len(batches))
+                optimizer.lr = rate * schedule(number - 1 + step / len(parts))
                 loss, logits = learn_from(model, optimizer, x if augment is None else augment(x, rng), labels)
                 loss_sum += loss * len(batch)
                 correct += int((logits.argmax(axis=1) == labels).sum())

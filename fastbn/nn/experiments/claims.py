@@ -452,8 +452,8 @@ def order(data: Dataset, seed: int, *, lr: float, **options: Any) -> Result:
 )
 def cost(data: Dataset, seed: int, *, repeats: int, sizes: Sequence[int]) -> Result:
     """Training steps of `cnn_bn` are timed with the BN of this library, with BN in plain NumPy, and without, taking
-    turns; the time of BN is what a step takes longer than one without. Medians; the criteria are about the largest
-    batch."""
+    turns; the time of BN is what a step takes longer than one without (less than none where BN computes relu, too,
+    which without it is a pass of its own). Medians; the criteria are about the largest batch."""
     networks = {
         "fastbn": models.cnn_bn(True, input_shape=data.input_shape, rng=seed),
         "plain NumPy": models.cnn_bn(True, input_shape=data.input_shape, rng=seed),
