@@ -43,6 +43,22 @@ def test_out_may_be_x(arrays):
     assert_same_bits(buffer, expected)
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+def test_out_may_be_the_only_array_with_strides(with_residual, axis):
+    x, residual, dy = (make_random((3, 4, 5, 6), axis, np.float32, seed) for seed in (1, 2, 3))
+    options = {"axis": axis, "activation": "relu", "residual": residual if with_residual else None}
+    y, cache = fastbn.batchnorm_forward(x, **options)
+    gradients = fastbn.batchnorm_backward(dy, cache)
+    out = np.zeros((3, 4, 5, 12), np.float32)[..., ::2]
+    assert_same_bits(fastbn.batchnorm(x, out=out, **options), y)
+    found = fastbn.batchnorm_backward(dy, cache, out=out)
+    assert found.dx is out
+    assert_same_bits(out, gradients.dx)
+    if with_residual:
+        assert_same_bits(found.dresidual, gradients.dresidual)
+
+
 @pytest.mark.parametrize("channels", [1000, 2500])
 def test_out_may_be_an_x_that_is_packed(channels):
     """Each value is mapped once, also where a row is packed in parts."""
