@@ -76,7 +76,7 @@ coverage: $(VENV)/.test  ## the lines of C kernels and of Python that the tests 
 	--txt - --json-summary build/coverage/c.json build/temp.*
 
 # In the order of a seed, so many at a time as there are CPUs; an interrupted run goes on where it was.
-mutants: $(VENV)/.test  ## bugs planted into kernels and schedule, and the tests that find them: docs/planted_bugs.md (hours)
+mutants: $(VENV)/.test  ## bugs planted into kernels and schedule, and the tests that find them: docs/planted_bugs.md (an hour)
 	$(PIP) install 'setuptools>=77' 'cython>=3.1'
 	$(BIN)/python tests/mutants.py
 
