@@ -164,8 +164,8 @@ def are_ordinary(
     """Whether the arrays of forward pass every check without a closer look. x has a dense view.
 
     They do if `residual` and `out` are None or plain ndarrays with the dtype, shape and strides of x, the vectors None
-    or plain ones of float32 or float64 that can be written, and what is written (`out`; if `update`, the running
-    vectors) meets nothing else; but `out` may be x itself, or the residual, where the caller says so.
+    or plain ones of float32 or float64, and what is written (`out`; if `update`, the running vectors) is writable and
+    meets nothing else; but `out` may be x itself, or the residual, where the caller says so.
     """
 
 def is_ordinary_gradient(x: _Array, dy: Any, out: Any) -> bool:

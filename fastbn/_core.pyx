@@ -104,6 +104,7 @@ cdef extern from "fastbn.h" nogil:
         fastbn_finish *finish_backward
         void (*copy2d)(const fastbn_copy2d *) noexcept nogil
         void (*first_values)(const fastbn_operand *x, int64_t channels, double *values) noexcept nogil
+        void (*first_gradients)(const fastbn_block *, double *values) noexcept nogil
 
     ctypedef struct fastbn_isa:
         const char *name

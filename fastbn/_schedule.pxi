@@ -116,12 +116,9 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
         values = locate(&job.x if job.dy.data == NULL else &job.dy, 0, first, 0, 1)
         job.kernels.first_values(&values, last - first, job.sums + first)
     elif job.planar:
-        b.rows = b.columns = b.rows_ahead = 1
-        b.then_row = 0
         b.channels = last - first
         place(job, &b, 0, first, 0, False)
-        b.sums = job.sums + first
-        job.reduce(&b)
+        job.kernels.first_gradients(&b, job.sums + first)
     else:
         clear_sums(job, 0, 0, job.width)
         column = 0

@@ -22,7 +22,9 @@ cdef void read(const fastbn_isa *isa, double *to, cnp.ndarray vector, int64_t fi
     """Some values of a direct vector as adjacent float64."""
     cdef int64_t i, stride = cnp.PyArray_STRIDE(vector, 0)
     cdef const char *place = <const char *>cnp.PyArray_DATA(vector) + first * stride
-    if cnp.PyArray_TYPE(vector) == cnp.NPY_DOUBLE:
+    if cnp.PyArray_TYPE(vector) == cnp.NPY_DOUBLE and stride == sizeof(double):
+        memcpy(to, place, count * sizeof(double))
+    elif cnp.PyArray_TYPE(vector) == cnp.NPY_DOUBLE:
         for i in range(count):
             to[i] = (<const double *>(place + i * stride))[0]
     elif stride == sizeof(float):
@@ -37,7 +39,9 @@ cdef void write(const fastbn_isa *isa, cnp.ndarray vector, int64_t first, const 
     """Adjacent float64 into some values of a direct vector, rounded."""
     cdef int64_t i, stride = cnp.PyArray_STRIDE(vector, 0)
     cdef char *place = <char *>cnp.PyArray_DATA(vector) + first * stride
-    if cnp.PyArray_TYPE(vector) == cnp.NPY_DOUBLE:
+    if cnp.PyArray_TYPE(vector) == cnp.NPY_DOUBLE and stride == sizeof(double):
+        memcpy(place, values, count * sizeof(double))
+    elif cnp.PyArray_TYPE(vector) == cnp.NPY_DOUBLE:
         for i in range(count):
             (<double *>(place + i * stride))[0] = values[i]
     elif stride == sizeof(float):
@@ -62,9 +66,10 @@ cdef int give(const fastbn_isa *isa, fastbn_vector *given, object vector, double
     if vector is None:
         return 0
     given.data = row
-    given.is_float = (not keep and is_direct(vector) and cnp.PyArray_TYPE(vector) == cnp.NPY_FLOAT
-                      and cnp.PyArray_STRIDE(vector, 0) == sizeof(float))
-    if not given.is_float:
+    cdef bint as_it_is = (not keep and is_direct(vector)
+                          and cnp.PyArray_STRIDE(vector, 0) == cnp.PyArray_ITEMSIZE(vector))
+    given.is_float = as_it_is and cnp.PyArray_TYPE(vector) == cnp.NPY_FLOAT
+    if not as_it_is:
         load(isa, row, vector)
     elif training:
         memcpy(row, cnp.PyArray_DATA(vector), cnp.PyArray_NBYTES(vector))
@@ -73,24 +78,25 @@ cdef int give(const fastbn_isa *isa, fastbn_vector *given, object vector, double
     return 0
 
 
-cdef enum:
-    BEHIND_FLOAT = (1 << 29) - 1  # bits of a float64 that a float32 has not
-
-
 cdef rounded(const fastbn_isa *isa, cnp.ndarray values, dtype):
     """The values in this dtype, None for None. What is too large for it becomes Inf, without a warning."""
     if dtype is None:
         return None
+    if dtype is FLOAT64:
+        return values
     cdef int64_t channels = cnp.PyArray_DIM(values, 0)
     cdef cnp.ndarray vector = new_vector(channels, dtype)
     if is_direct(vector):
         write(isa, vector, 0, <const double *>cnp.PyArray_DATA(values), channels)
         return vector
     # What ml_dtypes adds to NumPy is converted by way of float32: rounded to odd there, it is rounded once.
-    if vector.dtype.kind == "V":
-        bits = values.view("i8")
-        values = ((bits | (bits & BEHIND_FLOAT) + BEHIND_FLOAT) & ~BEHIND_FLOAT).view("f8")
     with numpy.errstate(all="ignore"):
+        if vector.dtype.kind == "V":
+            near = values.astype("f4")
+            bits = near.view("i4")
+            inexact = (near != values) & (bits & 1 == 0) & (values == values)
+            bits += numpy.where(inexact, numpy.where(abs(values) > abs(near), 1, -1), 0).astype("i4")
+            values = near
         vector[...] = values
     return vector
 

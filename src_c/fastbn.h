@@ -20,7 +20,7 @@ enum {
     FASTBN_LANES = 16,              /* planar: column j of a row adds to lane j % 16 */
     FASTBN_PLANAR_BLOCK = 16384,    /* planar: at most this many values before the lanes are closed */
     FASTBN_INTERLEAVED_BLOCK = 512, /* interleaved: rows before the sums of a column are closed */
-    FASTBN_FOLD_BELOW = 64,         /* interleaved: rows of fewer channels are folded to whole vectors of lanes */
+    FASTBN_FOLD_BELOW = 64,         /* interleaved: rows of fewer columns are folded to whole vectors of lanes */
 };
 
 /* Alignment of our own buffers: a cache line, and the widest register. */
@@ -86,7 +86,8 @@ typedef struct fastbn_block {
     /* planar: backward_apply, and sums beside an apply, ask for the same rows of as many channels that follow */
     int next_too;
     int in_order;     /* adjoining planes, no mask: row by row, with coefficients picked for each vector, not spread */
-    int tiled;        /* apply, interleaved, past the caches: tiles of columns go down some rows before the next */
+    int tiled;        /* apply, interleaved, past the caches: tiles of columns go down some rows before the next, also
+                       * of rows that are longer than a tile */
     int row_by_row;   /* apply, interleaved: else some rows together, which share the loads of coefficients */
     int short_strips; /* sums of two interleaved arrays whose rows are whole pages apart: strips of half as many rows */
     int64_t far;      /* bytes that apply and forward's planar sums ask ahead */
@@ -176,12 +177,14 @@ typedef struct fastbn_kernels {
     /* Of a range of channels. Before backward's sums: what is subtracted from x, and unless they are NULL, the
      * coefficients of forward. */
     fastbn_finish *finish_forward, *begin_backward, *finish_backward;
-    /* Round the coefficients of some channels into their planes, all or those of forward. */
+    /* For tests: round the coefficients of some channels into their planes, all or those of forward. */
     void (*round_coefficients)(const fastbn_coefficients *exact, int channels, int backward, void *coefficients,
                                int64_t plane);
     void (*copy2d)(const fastbn_copy2d *);
-    /* The first value of each of so many planar channels. */
+    /* The first value of each of so many channels. */
     void (*first_values)(const fastbn_operand *x, int64_t channels, double *values);
+    /* The gradient before the activation (g) at the first value of each channel of a planar block. */
+    void (*first_gradients)(const fastbn_block *, double *values);
 } fastbn_kernels;
 
 typedef struct fastbn_isa {

@@ -144,20 +144,41 @@ INLINE vec_f64 keep_head_f64(vec_f64 v, int n)
 #define SHUFFLE_F64(a, b, ...) __builtin_shuffle(a, b, (mask_f64){__VA_ARGS__})
 #endif
 
-/* In each group of 2 * half lanes: the first half of a's plus the second, and then the same of b. */
-INLINE vec_f64 add_halves_f64(vec_f64 a, vec_f64 b, int half)
+/* The first halves of the groups of 2 * half lanes, of a and of b in turn. */
+INLINE vec_f64 first_halves_f64(vec_f64 a, vec_f64 b, int half)
 {
 #if SIMD_BYTES == 64
-    if (half == 4) return SHUFFLE_F64(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE_F64(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
-    if (half == 2) return SHUFFLE_F64(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE_F64(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-    return SHUFFLE_F64(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE_F64(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+    if (half == 4) return SHUFFLE_F64(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+    if (half == 2) return SHUFFLE_F64(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+    return SHUFFLE_F64(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
 #elif SIMD_BYTES == 32
-    if (half == 2) return SHUFFLE_F64(a, b, 0, 1, 4, 5) + SHUFFLE_F64(a, b, 2, 3, 6, 7);
-    return SHUFFLE_F64(a, b, 0, 4, 2, 6) + SHUFFLE_F64(a, b, 1, 5, 3, 7);
+    if (half == 2) return SHUFFLE_F64(a, b, 0, 1, 4, 5);
+    return SHUFFLE_F64(a, b, 0, 4, 2, 6);
 #else
     (void)half;
-    return SHUFFLE_F64(a, b, 0, 2) + SHUFFLE_F64(a, b, 1, 3);
+    return SHUFFLE_F64(a, b, 0, 2);
 #endif
+}
+
+/* Likewise the second ones. */
+INLINE vec_f64 second_halves_f64(vec_f64 a, vec_f64 b, int half)
+{
+#if SIMD_BYTES == 64
+    if (half == 4) return SHUFFLE_F64(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    if (half == 2) return SHUFFLE_F64(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+    return SHUFFLE_F64(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+#elif SIMD_BYTES == 32
+    if (half == 2) return SHUFFLE_F64(a, b, 2, 3, 6, 7);
+    return SHUFFLE_F64(a, b, 1, 5, 3, 7);
+#else
+    (void)half;
+    return SHUFFLE_F64(a, b, 1, 3);
+#endif
+}
+
+INLINE vec_f64 add_halves_f64(vec_f64 a, vec_f64 b, int half)
+{
+    return first_halves_f64(a, b, half) + second_halves_f64(a, b, half);
 }
 
 /* lane k is lane index[k] of v */
@@ -390,7 +411,7 @@ INLINE vec_f64 two_sum_f64(vec_f64 a, vec_f64 b, vec_f64 *lost)
     return sum;
 }
 
-/* a * b, and what its rounding has lost: exact, unless a factor exceeds 2^996 or the product 2^-969 (Dekker) */
+/* a * b, and what its rounding has lost: exact, unless a factor is above 2^996 or the product below 2^-969 (Dekker) */
 INLINE vec_f64 two_product_f64(vec_f64 a, vec_f64 b, vec_f64 *lost)
 {
     const vec_f64 product = a * b, a_wide = a * 0x8000001p0, b_wide = b * 0x8000001p0;

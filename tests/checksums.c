@@ -85,6 +85,8 @@ enum {
     FINISH,
     BACKWARD_FINISH,
     COPY,
+    FIRST_VALUES,
+    FIRST_GRADIENTS,
     KERNELS
 };
 static const char *const kernel_names[KERNELS] = {"stats",
@@ -99,7 +101,9 @@ static const char *const kernel_names[KERNELS] = {"stats",
                                                   "coefficients",
                                                   "finish_forward",
                                                   "finish_backward",
-                                                  "copy2d"};
+                                                  "copy2d",
+                                                  "first_values",
+                                                  "first_gradients"};
 
 // The arrays of a block, for values of the largest dtype.
 static char *x, *residual, *dy, *y, *dx, *dresidual, *mask, *copied;
@@ -198,6 +202,13 @@ static void run(const fastbn_kernels *k, format f, int planar, int width, int ro
     memset(sums, 0, k->sums * per_channel * sizeof *sums);
     k->backward_stats[planar](&b);
     h[BACKWARD_STATS] = hash(h[BACKWARD_STATS], sums, k->sums * per_channel, wide);
+    if (planar) {
+        k->first_gradients(&b, found);
+        h[FIRST_GRADIENTS] = hash(h[FIRST_GRADIENTS], found, channels, wide);
+        k->first_values(&b.dy, channels, found);
+        h[FIRST_VALUES] = hash(h[FIRST_VALUES], found, channels, wide);
+        memset(found, 0, FASTBN_PLANES * 2 * per_channel * sizeof *found);
+    }
     k->finish_backward(&channels_of, 0, per_channel);
     h[BACKWARD_FINISH] = hash(h[BACKWARD_FINISH], gradients, 2 * per_channel, wide);
     h[BACKWARD_FINISH] = hash(h[BACKWARD_FINISH], found, FASTBN_PLANES * 2 * per_channel, arithmetic);

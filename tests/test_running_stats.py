@@ -61,6 +61,23 @@ def test_running_update_of_bfloat16_is_not_rounded_to_float32_before():
     assert float(mean[0]) == 1 + 2**-7
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("exponent", [-150, -155, -160])
+def test_running_update_of_bfloat16_is_rounded_once_below_the_normal_numbers(exponent, sign):
+    """5 * 2**-134 lies between two of them, and float32 has no digits for what is above it."""
+    mean, var = np.zeros(1, dtype_of("bfloat16")), np.ones(1, dtype_of("bfloat16"))
+    x = np.full((2, 1), sign * (5 * 2.0**-134 + 2.0**exponent))
+    fastbn.batchnorm(x, running_mean=mean, running_var=var, training=True, momentum=1)
+    assert float(mean[0]) == sign * 3 * 2.0**-133
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 1e300, 0.0, -0.0])
+def test_running_update_of_bfloat16_keeps_what_is_no_number(value):
+    mean, var = np.zeros(1, dtype_of("bfloat16")), np.ones(1, dtype_of("bfloat16"))
+    fastbn.batchnorm(np.full((2, 1), value), running_mean=mean, running_var=var, training=True, momentum=1)
+    np.testing.assert_array_equal(mean.astype(np.float64), np.inf if value == 1e300 else value)
+
+
 def test_running_update_agrees_with_reference_over_batches():
     mean, var = np.zeros(3), np.ones(3)
     wanted_mean, wanted_var = np.zeros(3), np.ones(3)
