@@ -28,10 +28,11 @@ class Pool2d(Layer):
 
     def __init__(self, kernel_size: int, stride: int | None = None, padding: int = 0, *, layout: str = "NCHW") -> None:
         at_least("kernel_size", kernel_size, 1)
-        at_least("stride", kernel_size if stride is None else stride, 1)
+        stride = kernel_size if stride is None else stride
+        at_least("stride", stride, 1)
         if not 0 <= 2 * padding <= kernel_size:
             raise ValueError(f"padding: expected 0 to half of kernel_size {kernel_size}, got {padding}")
-        self.kernel_size, self.stride, self.padding = kernel_size, stride or kernel_size, padding
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         self.axis = channel_axis(layout)
 
     def outputs(self, size: int) -> int:
