@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: MIT
-// What the schedule needs of OpenMP, for ThreadSanitizer: it sees POSIX threads, but not how GNU's OpenMP waits, and
+// What fastbn needs of OpenMP, for ThreadSanitizer: it sees POSIX threads, but not how GNU's OpenMP waits, and
 // would take every region for a race. tests/races.py loads this before libgomp.
 //
 // A thread takes the next task of some (fastbn_take_next), and any may get it. Here chance decides, anew for each
-// region, and no thread ever waits for another within one: whatever two tasks share without a right to, they are soon
+// region, and a thread waits for another at barriers only: whatever two tasks share without a right to, they are soon
 // on two threads, and nothing has put one before the other.
 //
-// RACE=twice gives each task to two threads, RACE=early hides from ThreadSanitizer that the threads of a region
-// have ended before the next begins: two defects of a schedule, which must be found.
+// RACE=twice gives each task to two threads, RACE=early hides from ThreadSanitizer that the threads of a region have
+// ended before the next begins, and that they have waited for each other within it: two defects of a schedule, which
+// must be found.
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -36,6 +38,7 @@ typedef struct member {
     team *team;
     int thread;
     dealt dealt[MOST_THREADS];
+    long next, end;  // of a loop
 } member;
 
 static _Thread_local member self;
@@ -80,7 +83,10 @@ void GOMP_parallel(void (*body)(void *), void *data, unsigned threads, unsigned 
 
 void GOMP_barrier(void)
 {
-    if (self.team) pthread_barrier_wait(self.team->barrier);
+    if (!self.team) return;
+    if (self.team->early) AnnotateIgnoreSyncBegin(__FILE__, __LINE__);
+    pthread_barrier_wait(self.team->barrier);
+    if (self.team->early) AnnotateIgnoreSyncEnd(__FILE__, __LINE__);
 }
 
 static int is_mine(const char *counter, int64_t task)
@@ -101,6 +107,25 @@ int64_t fastbn_take_next(char *counter)
     while (!is_mine(counter, d->next)) d->next++;
     return d->next++;
 }
+
+// A loop with schedule(dynamic, 1), of which a region has one at most.
+bool GOMP_loop_nonmonotonic_dynamic_next(long *first, long *last)
+{
+    while (self.next < self.end && !is_mine((const char *)self.team, self.next)) self.next++;
+    *first = self.next++;
+    *last = self.next;
+    return *first < self.end;
+}
+
+bool GOMP_loop_nonmonotonic_dynamic_start(long start, long end, long step, long chunk, long *first, long *last)
+{
+    if (!self.team || step != 1 || chunk != 1) abort();
+    self.next = start;
+    self.end = end;
+    return GOMP_loop_nonmonotonic_dynamic_next(first, last);
+}
+
+void GOMP_loop_end_nowait(void) {}
 
 int omp_get_thread_num(void)
 {
