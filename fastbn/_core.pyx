@@ -8,6 +8,7 @@ Callers have checked every argument; nothing here does.
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_INCREF
+from cython.parallel cimport prange
 from libc.stdint cimport int64_t, uint64_t
 
 import numpy
@@ -147,6 +148,7 @@ cdef extern from *:
     #else
     #define FASTBN_OPENMP 0
     static int omp_get_max_threads(void) { return 1; }
+    static int omp_get_num_threads(void) { return 1; }
     static int omp_in_parallel(void) { return 0; }
     #endif
 
@@ -176,6 +178,7 @@ cdef extern from *:
     const int FASTBN_IS_DEBUG
     const char *FASTBN_COMPILER
     int omp_get_max_threads() nogil
+    int omp_get_num_threads() nogil
     int omp_in_parallel() nogil
     void fastbn_register_fork()
 

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
 # The schedule: how channels and blocks are shared among threads, and in which order partial sums are added.
 #
-# Forward and backward are the same three steps, each a phase over all threads:
+# Forward and backward are the same three steps, by one team of threads, which wait for each other in between:
 #     reduce   sums of every block                               stats or backward_stats kernels
 #     finish   sums -> moments and coefficients of channels      float64: blocks are added here, finish kernels
 #     map      every value                                       apply or backward_apply kernels
-# Where there are channels enough for all threads (planar), one phase does the three steps channel by channel, so that
-# the second reading of a channel finds it in the cache.
+# Where there are channels enough for all threads (planar), each does the three steps channel by channel, so that the
+# second reading of a channel finds it in the cache.
 #
 # Bits: blocks are cut by shape alone (constants of fastbn.h, and positions_of) and finish adds their sums in block
 # order. Threads, tasks, packing and the order of units only decide who calls a kernel, and when.
 
-from cython.parallel cimport prange, threadid
+from cython.parallel cimport parallel, threadid
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 from posix.stdlib cimport posix_memalign
@@ -44,39 +44,43 @@ cdef extern from * nogil:
     int64_t fastbn_take_next(char *counter)
 
 
-cdef void perform_part(Job *job, Worker worker, int64_t units, int64_t tasks, int64_t parts, int64_t part, int thread,
-                       bint backwards) noexcept nogil:
-    """The tasks of one part of several, and then what is left of the others."""
-    cdef int64_t k, other, first, count, taken, task
-    for k in range(parts):
-        other = (part + k) % parts
-        first = other * tasks // parts
-        count = (other + 1) * tasks // parts - first
-        taken = fastbn_take_next(job.taken + other * FASTBN_ALIGNMENT)
-        while taken < count:
-            task = first + (count - 1 - taken if backwards else taken)
-            perform(job, worker, thread, task * units // tasks, (task + 1) * units // tasks)
-            taken = fastbn_take_next(job.taken + other * FASTBN_ALIGNMENT)
+cdef void take_part(Job *job, Worker worker, int64_t units, int threads, char *taken, int part,
+                    bint backwards) noexcept nogil:
+    """What one thread of a team does of the units 0 .. units-1, which are shared in tasks of some that follow one
+    another.
+
+    Each thread begins with a part of its own, the same in every phase and call: its core has some of that in its
+    caches, and does not fetch ahead what another one is writing. Then it takes what is left of the others. If there are
+    as many units for each thread, no task has units of two parts.
+    """
+    cdef int64_t tasks = min(units, TASKS_PER_THREAD * threads), parts = min(threads, tasks)
+    cdef int64_t k, other, first, count, next, task
+    if parts <= 1:
+        if part == 0:
+            perform(job, worker, part, 0, units)
+    else:
+        for k in range(parts):
+            other = (part + k) % parts
+            first = other * tasks // parts
+            count = (other + 1) * tasks // parts - first
+            next = fastbn_take_next(taken + other * FASTBN_ALIGNMENT)
+            while next < count:
+                task = first + (count - 1 - next if backwards else next)
+                perform(job, worker, part, task * units // tasks, (task + 1) * units // tasks)
+                next = fastbn_take_next(taken + other * FASTBN_ALIGNMENT)
     if job.staggered:  # a map still waits
-        perform(job, worker, thread, units, units)
+        perform(job, worker, part, units, units)
 
 
 cdef void phase(Job *job, Worker worker, int64_t units, int threads, bint backwards) noexcept nogil:
-    """Share the units 0 .. units-1 among the threads, in tasks of some that follow one another.
-
-    Each thread begins with a part of its own, the same in every phase and call: its core has some of that in its
-    caches, and does not fetch ahead what another one is writing. If there are as many units for each thread, no task
-    has units of two parts.
-    """
-    cdef int64_t part, tasks = min(units, TASKS_PER_THREAD * threads), parts = min(threads, tasks)
-    if parts <= 1:
-        perform(job, worker, 0, 0, units)
-        if job.staggered:
-            perform(job, worker, 0, units, units)
+    """All units, by a team that ends with them."""
+    cdef int team = <int>max(1, min(threads, units))
+    if team == 1:
+        take_part(job, worker, units, 1, job.taken, 0, backwards)
         return
-    memset(job.taken, 0, parts * FASTBN_ALIGNMENT)
-    for part in prange(parts, num_threads=<int>parts, schedule="static", chunksize=1):
-        perform_part(job, worker, units, tasks, parts, part, threadid(), backwards)
+    memset(job.taken, 0, team * FASTBN_ALIGNMENT)
+    with parallel(num_threads=team):
+        take_part(job, worker, units, team, job.taken, threadid(), backwards)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -334,7 +338,7 @@ cdef char *take(char **cursor, int64_t size) noexcept nogil:
 cdef int64_t lay_out(Job *job, char *memory) noexcept nogil:
     """Divide the scratch; returns its size. Called twice: to measure and to place."""
     cdef char *cursor = memory
-    job.taken = take(&cursor, job.threads * FASTBN_ALIGNMENT)
+    job.taken = take(&cursor, counters_size(job))
     job.waiting = take(&cursor, job.threads * FASTBN_ALIGNMENT)
     job.known.x_shift = <double *>take(&cursor, job.width * sizeof(double))
     job.known.dy_first = <double *>take(&cursor, job.channels * sizeof(double))
@@ -350,28 +354,81 @@ cdef int64_t lay_out(Job *job, char *memory) noexcept nogil:
     return cursor - memory
 
 
+cdef int64_t counters_size(Job *job) noexcept nogil:
+    """Bytes: a line of the cache for each thread's part of each of three steps, and one for those who have arrived."""
+    return (3 * job.threads + 1) * FASTBN_ALIGNMENT
+
+
 cdef int64_t sums_size(Job *job) noexcept nogil:
     """Bytes: planes of `width` sums for each block."""
     return job.kernels.sums * job.blocks * job.width * sizeof(double)
 
 
+cdef extern from * nogil:
+    """
+    static void fastbn_barrier(void)
+    {
+    #if defined(_OPENMP)
+        _Pragma("omp barrier")
+    #endif
+    }
+    /* How many have come here, the caller included, who sees what those before it have written. */
+    static int64_t fastbn_arrive(char *counter)
+    {
+        return __atomic_add_fetch((int64_t *)counter, 1, __ATOMIC_ACQ_REL);
+    }
+    """
+    void fastbn_barrier()
+    int64_t fastbn_arrive(char *counter)
+
+
+cdef bint to_be_mapped(Job *job) noexcept nogil:
+    return job.map != NULL and not (job.finite_first and not all_finite(job))
+
+
+cdef void take_steps(Job *job, int64_t finish_tasks, int finishers, int thread, int team) noexcept nogil:
+    """Reduce, finish and, if no sums have to be made again, map. The threads of a team wait for each other in between,
+    which is less than half of what it takes to start another team."""
+    cdef int64_t line = job.threads * FASTBN_ALIGNMENT
+    take_part(job, reduce_units, job.units, job.threads, job.taken, thread, False)
+    if finishers == 1:
+        if fastbn_arrive(job.taken + 3 * line) == team:
+            take_part(job, finish_units, finish_tasks, 1, job.taken, 0, False)
+    else:
+        fastbn_barrier()
+        take_part(job, finish_units, finish_tasks, finishers, job.taken + line, thread, False)
+    if team > 1:
+        fastbn_barrier()
+    if not any_redo(job, 0, job.channels) and to_be_mapped(job):
+        take_part(job, map_units, job.map_units, job.threads, job.taken + 2 * line, thread, True)
+
+
 cdef void run_in_phases(Job *job) noexcept nogil:
-    cdef int64_t units
     cdef bint few = (job.channels < SERIAL_CHANNELS if job.reduce == NULL
                      else job.blocks * job.width + job.channels < SERIAL_SUMS)
     cdef int finishers = 1 if few else job.threads
+    cdef int team
+    cdef int64_t finish_tasks
     job.again = False
     job.channels_per_finish = max(1, min(FASTBN_ALIGNMENT // sizeof(double), ceil_div(job.channels, finishers)))
-    units = ceil_div(job.channels, job.channels_per_finish)
-    if job.reduce != NULL:
+    finish_tasks = ceil_div(job.channels, job.channels_per_finish)
+    if job.reduce == NULL:
+        phase(job, finish_units, finish_tasks, finishers, False)
+    else:
         phase(job, shift_channels, job.channels, finishers if job.planar and shifts_by_first(job) else 1, False)
-        phase(job, reduce_units, job.units, job.threads, False)
-    phase(job, finish_units, units, finishers, False)
-    if job.reduce != NULL and any_redo(job, 0, job.channels):
+        team = <int>min(job.threads, max(job.units, job.map_units))
+        memset(job.taken, 0, counters_size(job))
+        if team == 1:
+            take_steps(job, finish_tasks, 1, 0, 1)
+        else:
+            with parallel(num_threads=team):
+                take_steps(job, finish_tasks, finishers, threadid(), omp_get_num_threads())
+        if not any_redo(job, 0, job.channels):
+            return
         job.again = True
         phase(job, reduce_units, job.units, job.threads, False)
-        phase(job, finish_units, units, finishers, False)
-    if job.map != NULL and not (job.finite_first and not all_finite(job)):
+        phase(job, finish_units, finish_tasks, finishers, False)
+    if to_be_mapped(job):
         phase(job, map_units, job.map_units, job.threads, True)
 
 
