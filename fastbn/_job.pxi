@@ -64,7 +64,7 @@ cdef struct Job:
     bint stream
     bint again        # in the course of the job: reduce does only the channels to redo
     # scratch, one allocation
-    char *taken  # tasks of each thread's part that have been taken, a line of the cache each
+    char *taken  # tasks that have been taken of each thread's part, for each step, a line of the cache each
     char *waiting  # staggered: the group of a thread that has yet to be mapped, or -1, likewise
     double *sums
     char *packing     # a part for each thread

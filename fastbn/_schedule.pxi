@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # The schedule: how channels and blocks are shared among threads, and in which order partial sums are added.
 #
-# Forward and backward are the same three steps, by one team of threads, which wait for each other in between:
+# Forward and backward are the same three steps, each over all threads:
 #     reduce   sums of every block                               stats or backward_stats kernels
 #     finish   sums -> moments and coefficients of channels      float64: blocks are added here, finish kernels
 #     map      every value                                       apply or backward_apply kernels
@@ -31,17 +31,32 @@ cdef void perform(Job *job, Worker worker, int thread, int64_t first, int64_t la
 cdef extern from * nogil:
     """
     #if defined(FASTBN_DEBUG)
-    __attribute__((visibility("default"))) /* tests/openmp.c takes its place */
-    int64_t fastbn_take_next(char *counter);
+    /* tests/openmp.c takes their places */
+    __attribute__((visibility("default"))) int64_t fastbn_take_next(char *counter);
+    __attribute__((visibility("default"))) int64_t fastbn_arrive(char *counter);
+    #define FASTBN_STATIC
     #else
-    static
+    #define FASTBN_STATIC static
     #endif
-    int64_t fastbn_take_next(char *counter)
+    FASTBN_STATIC int64_t fastbn_take_next(char *counter)
     {
         return __atomic_fetch_add((int64_t *)counter, 1, __ATOMIC_RELAXED);
     }
+    /* How many threads have come here, with the caller, who sees what those before it have written. */
+    FASTBN_STATIC int64_t fastbn_arrive(char *counter)
+    {
+        return __atomic_add_fetch((int64_t *)counter, 1, __ATOMIC_ACQ_REL);
+    }
+    static void fastbn_barrier(void)
+    {
+    #if defined(_OPENMP)
+        _Pragma("omp barrier")
+    #endif
+    }
     """
     int64_t fastbn_take_next(char *counter)
+    int64_t fastbn_arrive(char *counter)
+    void fastbn_barrier()
 
 
 cdef void take_part(Job *job, Worker worker, int64_t units, int threads, char *taken, int part,
@@ -49,15 +64,15 @@ cdef void take_part(Job *job, Worker worker, int64_t units, int threads, char *t
     """What one thread of a team does of the units 0 .. units-1, which are shared in tasks of some that follow one
     another.
 
-    Each thread begins with a part of its own, the same in every phase and call: its core has some of that in its
-    caches, and does not fetch ahead what another one is writing. Then it takes what is left of the others. If there are
+    Each thread begins with a part of its own, the same in every step and call: its core has some of that in its caches,
+    and does not fetch ahead what another one is writing. Then it takes what is left of the others. If there are
     as many units for each thread, no task has units of two parts.
     """
     cdef int64_t tasks = min(units, TASKS_PER_THREAD * threads), parts = min(threads, tasks)
     cdef int64_t k, other, first, count, next, task
     if parts <= 1:
         if part == 0:
-            perform(job, worker, part, 0, units)
+            perform(job, worker, 0, 0, units)
     else:
         for k in range(parts):
             other = (part + k) % parts
@@ -148,7 +163,7 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
 
 cdef inline int64_t first_of(Job *job, int64_t group) noexcept nogil:
     """The first channel (or column) of a group. Planar groups are as equal as their grain permits, the larger ones of a
-    share first: within a share, which no task leaves (see `phase`), no group has more channels than the one before it,
+    share first: within a share, which no task leaves (see `take_part`), no group has more channels than the one before it,
     whose map goes beside its reduce."""
     cdef int64_t grains, each, share, i, first, here
     if not job.planar:
@@ -338,7 +353,7 @@ cdef char *take(char **cursor, int64_t size) noexcept nogil:
 cdef int64_t lay_out(Job *job, char *memory) noexcept nogil:
     """Divide the scratch; returns its size. Called twice: to measure and to place."""
     cdef char *cursor = memory
-    job.taken = take(&cursor, counters_size(job))
+    job.taken = take(&cursor, counters_size(job.threads))
     job.waiting = take(&cursor, job.threads * FASTBN_ALIGNMENT)
     job.known.x_shift = <double *>take(&cursor, job.width * sizeof(double))
     job.known.dy_first = <double *>take(&cursor, job.channels * sizeof(double))
@@ -354,9 +369,9 @@ cdef int64_t lay_out(Job *job, char *memory) noexcept nogil:
     return cursor - memory
 
 
-cdef int64_t counters_size(Job *job) noexcept nogil:
+cdef int64_t counters_size(int team) noexcept nogil:
     """Bytes: a line of the cache for each thread's part of each of three steps, and one for those who have arrived."""
-    return (3 * job.threads + 1) * FASTBN_ALIGNMENT
+    return (3 * team + 1) * FASTBN_ALIGNMENT
 
 
 cdef int64_t sums_size(Job *job) noexcept nogil:
@@ -364,71 +379,49 @@ cdef int64_t sums_size(Job *job) noexcept nogil:
     return job.kernels.sums * job.blocks * job.width * sizeof(double)
 
 
-cdef extern from * nogil:
-    """
-    static void fastbn_barrier(void)
-    {
-    #if defined(_OPENMP)
-        _Pragma("omp barrier")
-    #endif
-    }
-    /* How many have come here, the caller included, who sees what those before it have written. */
-    static int64_t fastbn_arrive(char *counter)
-    {
-        return __atomic_add_fetch((int64_t *)counter, 1, __ATOMIC_ACQ_REL);
-    }
-    """
-    void fastbn_barrier()
-    int64_t fastbn_arrive(char *counter)
-
-
-cdef bint to_be_mapped(Job *job) noexcept nogil:
-    return job.map != NULL and not (job.finite_first and not all_finite(job))
-
-
-cdef void take_steps(Job *job, int64_t finish_tasks, int finishers, int thread, int team) noexcept nogil:
-    """Reduce, finish and, if no sums have to be made again, map. The threads of a team wait for each other in between,
-    which is less than half of what it takes to start another team."""
-    cdef int64_t line = job.threads * FASTBN_ALIGNMENT
-    take_part(job, reduce_units, job.units, job.threads, job.taken, thread, False)
-    if finishers == 1:
-        if fastbn_arrive(job.taken + 3 * line) == team:
-            take_part(job, finish_units, finish_tasks, 1, job.taken, 0, False)
+cdef void take_steps(Job *job, int64_t finish_tasks, bint few, int team, int thread, int present) noexcept nogil:
+    """What a thread of a team does of all three steps. In between it waits for the others, which takes less than half
+    of what it takes to start another team. No map if sums have to be made again."""
+    cdef int64_t lines = team * FASTBN_ALIGNMENT
+    take_part(job, reduce_units, job.units, team, job.taken, thread, False)
+    if few:
+        if fastbn_arrive(job.taken + 3 * lines) == present:
+            perform(job, finish_units, thread, 0, finish_tasks)
     else:
         fastbn_barrier()
-        take_part(job, finish_units, finish_tasks, finishers, job.taken + line, thread, False)
-    if team > 1:
-        fastbn_barrier()
-    if not any_redo(job, 0, job.channels) and to_be_mapped(job):
-        take_part(job, map_units, job.map_units, job.threads, job.taken + 2 * line, thread, True)
+        take_part(job, finish_units, finish_tasks, team, job.taken + lines, thread, False)
+    fastbn_barrier()
+    if not any_redo(job, 0, job.channels):
+        take_part(job, map_units, job.map_units, team, job.taken + 2 * lines, thread, True)
 
 
 cdef void run_in_phases(Job *job) noexcept nogil:
     cdef bint few = (job.channels < SERIAL_CHANNELS if job.reduce == NULL
                      else job.blocks * job.width + job.channels < SERIAL_SUMS)
     cdef int finishers = 1 if few else job.threads
-    cdef int team
+    cdef int team = <int>min(job.threads, max(job.units, job.map_units))
     cdef int64_t finish_tasks
     job.again = False
     job.channels_per_finish = max(1, min(FASTBN_ALIGNMENT // sizeof(double), ceil_div(job.channels, finishers)))
     finish_tasks = ceil_div(job.channels, job.channels_per_finish)
-    if job.reduce == NULL:
-        phase(job, finish_units, finish_tasks, finishers, False)
-    else:
+    if job.reduce != NULL:
         phase(job, shift_channels, job.channels, finishers if job.planar and shifts_by_first(job) else 1, False)
-        team = <int>min(job.threads, max(job.units, job.map_units))
-        memset(job.taken, 0, counters_size(job))
-        if team == 1:
-            take_steps(job, finish_tasks, 1, 0, 1)
-        else:
+        if job.threads > 1 and job.units > 1 and job.map != NULL and not job.finite_first:
+            memset(job.taken, 0, counters_size(team))
             with parallel(num_threads=team):
-                take_steps(job, finish_tasks, finishers, threadid(), omp_get_num_threads())
-        if not any_redo(job, 0, job.channels):
-            return
+                take_steps(job, finish_tasks, few, team, threadid(), omp_get_num_threads())
+            if not any_redo(job, 0, job.channels):
+                return
+        else:
+            phase(job, reduce_units, job.units, job.threads, False)
+            phase(job, finish_units, finish_tasks, finishers, False)
+    else:
+        phase(job, finish_units, finish_tasks, finishers, False)
+    if job.reduce != NULL and any_redo(job, 0, job.channels):
         job.again = True
         phase(job, reduce_units, job.units, job.threads, False)
         phase(job, finish_units, finish_tasks, finishers, False)
-    if to_be_mapped(job):
+    if job.map != NULL and not (job.finite_first and not all_finite(job)):
         phase(job, map_units, job.map_units, job.threads, True)
 
 

@@ -6,24 +6,26 @@
 // region, and a thread waits for another at barriers only: whatever two tasks share without a right to, they are soon
 // on two threads, and nothing has put one before the other.
 //
-// RACE=twice gives each task to two threads, RACE=early hides from ThreadSanitizer that the threads of a region have
-// ended before the next begins, and that they have waited for each other within it: two defects of a schedule, which
-// must be found.
+// Defects of a schedule, which must be found: RACE=twice gives each task to two threads; RACE=early hides from
+// ThreadSanitizer that the threads of a region have ended before the next begins, RACE=unordered that they have waited
+// for each other within it.
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-void AnnotateIgnoreSyncBegin(const char *file, int line);  // ThreadSanitizer's
+// ThreadSanitizer's
+void AnnotateIgnoreSyncBegin(const char *file, int line);
 void AnnotateIgnoreSyncEnd(const char *file, int line);
+int64_t __tsan_atomic64_fetch_add(volatile int64_t *p, int64_t by, int order);
 
 enum { MOST_THREADS = 64 };
 
 typedef struct team {
     void (*body)(void *);
     void *data;
-    int threads, twice, early;
+    int threads, twice, early, unordered;
     uint64_t seed;
     pthread_barrier_t *barrier;
 } team;
@@ -37,8 +39,8 @@ typedef struct dealt {
 typedef struct member {
     team *team;
     int thread;
-    dealt dealt[MOST_THREADS];
-    long next, end;  // of a loop
+    dealt dealt[3 * MOST_THREADS];  // three steps in a region
+    long next, end;                 // of a loop
 } member;
 
 static _Thread_local member self;
@@ -63,6 +65,7 @@ void GOMP_parallel(void (*body)(void *), void *data, unsigned threads, unsigned 
     if (threads < 1 || threads > MOST_THREADS) abort();
     of.twice = race && !strcmp(race, "twice");
     of.early = race && !strcmp(race, "early");
+    of.unordered = race && !strcmp(race, "unordered");
     of.barrier = malloc(sizeof *of.barrier);
     if (!of.barrier || pthread_barrier_init(of.barrier, NULL, threads)) abort();
     for (unsigned i = 0; i < threads; i++) {
@@ -84,9 +87,9 @@ void GOMP_parallel(void (*body)(void *), void *data, unsigned threads, unsigned 
 void GOMP_barrier(void)
 {
     if (!self.team) return;
-    if (self.team->early) AnnotateIgnoreSyncBegin(__FILE__, __LINE__);
+    if (self.team->unordered) AnnotateIgnoreSyncBegin(__FILE__, __LINE__);
     pthread_barrier_wait(self.team->barrier);
-    if (self.team->early) AnnotateIgnoreSyncEnd(__FILE__, __LINE__);
+    if (self.team->unordered) AnnotateIgnoreSyncEnd(__FILE__, __LINE__);
 }
 
 static int is_mine(const char *counter, int64_t task)
@@ -98,7 +101,13 @@ static int is_mine(const char *counter, int64_t task)
     return self.thread == owner || (self.team->twice && self.thread == (owner + 1) % threads);
 }
 
-// in the place of the schedule's own, which a debug build exports
+// These two are in the place of the schedule's own, which a debug build exports.
+int64_t fastbn_arrive(char *counter)
+{
+    const int order = self.team->unordered ? __ATOMIC_RELAXED : __ATOMIC_ACQ_REL;
+    return __tsan_atomic64_fetch_add((int64_t *)counter, 1, order) + 1;
+}
+
 int64_t fastbn_take_next(char *counter)
 {
     dealt *d = self.dealt;

@@ -23,10 +23,10 @@ ORDERS = ("fastbn", "fastbn,torch", "torch,fastbn")
 SHAPE = (16, 24, 31, 17)
 
 
-def work(threads, shape=SHAPE):
+def work(threads, shape=SHAPE, axis=1):
     rng = np.random.default_rng(0)
     x, dy = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
-    y, cache = fastbn.batchnorm_forward(x, np.ones(24), np.zeros(24), activation="relu", num_threads=threads)
+    y, cache = fastbn.batchnorm_forward(x, axis=axis, activation="relu", num_threads=threads)
     return y, fastbn.batchnorm_backward(dy, cache, num_threads=threads).dx
 
 
@@ -46,16 +46,23 @@ def test_forked_children_work_with_threads(libraries, record_property):
 
 
 @pytest.mark.parametrize(
-    ("callers", "calls", "threads", "shape"), [(8, 25, 2, SHAPE), (8, 25, 1, SHAPE), (32, 500, 1, (5, 24, 7, 9))]
+    ("callers", "calls", "threads", "shape", "axis"),
+    [
+        (8, 25, 2, SHAPE, 1),
+        (8, 25, 1, SHAPE, 1),
+        (32, 500, 1, (5, 24, 7, 9), 1),
+        (8, 25, 2, (16, 31, 17, 24), 3),  # in phases; and with many sums to finish
+        (8, 25, 3, (40, 2048), 1),
+    ],
 )
-def test_many_python_threads_get_the_bits_of_one(callers, calls, threads, shape):
-    expected = work(1, shape)
+def test_many_python_threads_get_the_bits_of_one(callers, calls, threads, shape, axis):
+    expected = work(1, shape, axis)
     failures = []
 
     def call():
         try:
             for _ in range(calls):
-                for actual, wanted in zip(work(threads, shape), expected, strict=True):
+                for actual, wanted in zip(work(threads, shape, axis), expected, strict=True):
                     assert_same_bits(actual, wanted)
         except AssertionError as error:
             failures.append(error)
@@ -66,6 +73,25 @@ def test_many_python_threads_get_the_bits_of_one(callers, calls, threads, shape)
     for caller in callers:
         caller.join()
     assert not failures
+
+
+FEWER_THREADS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from problems import assert_same_bits
+from test_processes import SHAPE, work
+for shape, axis in ((SHAPE, 1), ((16, 31, 17, 24), 3), ((40, 2048), 1)):
+    for actual, wanted in zip(work(8, shape, axis), work(1, shape, axis)):
+        assert_same_bits(actual, wanted)
+"""
+
+
+@pytest.mark.parametrize("environment", [{"OMP_THREAD_LIMIT": "1"}, {"OMP_THREAD_LIMIT": "3"}, {"OMP_DYNAMIC": "true"}])
+def test_fewer_threads_than_asked_for(environment):
+    """OpenMP need not give as many as a call wants: those that come do the work of all, and wait for no others."""
+    command = [sys.executable, "-c", FEWER_THREADS, Path(__file__).parent]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_gil_is_released():
@@ -123,7 +149,7 @@ CALLS_IN_A_REGION = """
 import ctypes, os, sys, threading, time
 import numpy as np, fastbn
 x = np.ones((64, 64, 32, 32), "f4")
-expected = fastbn.batchnorm(x, num_threads=1)
+expected = [fastbn.batchnorm(x, axis=axis, num_threads=1) for axis in (1, 3)]
 region = ctypes.CDLL(sys.argv[1]).region
 done = threading.Event()
 most = 0
@@ -135,7 +161,8 @@ def calls(asked, until):
     def call(thread):
         assert fastbn.get_num_threads() == 1
         while not until():
-            assert (fastbn.batchnorm(x, num_threads=asked) == expected).all()
+            for axis, y in zip((1, 3), expected):
+                assert (fastbn.batchnorm(x, axis=axis, num_threads=asked) == y).all()
     region(2, ctypes.CFUNCTYPE(None, ctypes.c_int)(call))
 threading.Thread(target=watch, daemon=True).start()
 start = time.monotonic()
