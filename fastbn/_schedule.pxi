@@ -162,9 +162,9 @@ cdef void shift_channels(Job *job, int thread, int64_t first, int64_t last) noex
 
 
 cdef inline int64_t first_of(Job *job, int64_t group) noexcept nogil:
-    """The first channel (or column) of a group. Planar groups are as equal as their grain permits, the larger ones of a
-    share first: within a share, which no task leaves (see `take_part`), no group has more channels than the one before it,
-    whose map goes beside its reduce."""
+    """The first channel (or column) of a group. Planar groups are as equal as their grain permits, the larger ones of
+    a share first: within a share, which no task leaves (see `take_part`), no group has more channels than the one
+    before it, whose map goes beside its reduce."""
     cdef int64_t grains, each, share, i, first, here
     if not job.planar:
         return min(group * job.group, job.width)
