@@ -31,19 +31,16 @@ cdef void perform(Job *job, Worker worker, int thread, int64_t first, int64_t la
 cdef extern from * nogil:
     """
     #if defined(FASTBN_DEBUG)
-    /* tests/openmp.c takes their places */
-    __attribute__((visibility("default"))) int64_t fastbn_take_next(char *counter);
-    __attribute__((visibility("default"))) int64_t fastbn_arrive(char *counter);
-    #define FASTBN_STATIC
+    #define FASTBN_REPLACEABLE __attribute__((visibility("default"))) /* by tests/openmp.c */
     #else
-    #define FASTBN_STATIC static
+    #define FASTBN_REPLACEABLE static
     #endif
-    FASTBN_STATIC int64_t fastbn_take_next(char *counter)
+    FASTBN_REPLACEABLE int64_t fastbn_take_next(char *counter)
     {
         return __atomic_fetch_add((int64_t *)counter, 1, __ATOMIC_RELAXED);
     }
     /* How many threads have come here, with the caller, who sees what those before it have written. */
-    FASTBN_STATIC int64_t fastbn_arrive(char *counter)
+    FASTBN_REPLACEABLE int64_t fastbn_arrive(char *counter)
     {
         return __atomic_add_fetch((int64_t *)counter, 1, __ATOMIC_ACQ_REL);
     }
@@ -65,8 +62,8 @@ cdef void take_part(Job *job, Worker worker, int64_t units, int threads, char *t
     another.
 
     Each thread begins with a part of its own, the same in every step and call: its core has some of that in its caches,
-    and does not fetch ahead what another one is writing. Then it takes what is left of the others. If there are
-    as many units for each thread, no task has units of two parts.
+    and does not fetch ahead what another one is writing. Then it takes what is left of the others. If there are as many
+    units for each thread, no task has units of two parts.
     """
     cdef int64_t tasks = min(units, TASKS_PER_THREAD * threads), parts = min(threads, tasks)
     cdef int64_t k, other, first, count, next, task
@@ -379,17 +376,28 @@ cdef int64_t sums_size(Job *job) noexcept nogil:
     return job.kernels.sums * job.blocks * job.width * sizeof(double)
 
 
-cdef void take_steps(Job *job, int64_t finish_tasks, bint few, int team, int thread, int present) noexcept nogil:
+cdef inline int64_t finish_tasks(Job *job) noexcept nogil:
+    return ceil_div(job.channels, job.channels_per_finish)
+
+
+cdef void make_statistics(Job *job, int finishers) noexcept nogil:
+    """Reduce, unless statistics are given, and finish."""
+    if job.reduce != NULL:
+        phase(job, reduce_units, job.units, job.threads, False)
+    phase(job, finish_units, finish_tasks(job), finishers, False)
+
+
+cdef void take_steps(Job *job, bint few, int team, int thread, int present) noexcept nogil:
     """What a thread of a team does of all three steps. In between it waits for the others, which takes less than half
     of what it takes to start another team. No map if sums have to be made again."""
     cdef int64_t lines = team * FASTBN_ALIGNMENT
     take_part(job, reduce_units, job.units, team, job.taken, thread, False)
     if few:
         if fastbn_arrive(job.taken + 3 * lines) == present:
-            perform(job, finish_units, thread, 0, finish_tasks)
+            perform(job, finish_units, thread, 0, finish_tasks(job))
     else:
         fastbn_barrier()
-        take_part(job, finish_units, finish_tasks, team, job.taken + lines, thread, False)
+        take_part(job, finish_units, finish_tasks(job), team, job.taken + lines, thread, False)
     fastbn_barrier()
     if not any_redo(job, 0, job.channels):
         take_part(job, map_units, job.map_units, team, job.taken + 2 * lines, thread, True)
@@ -400,27 +408,21 @@ cdef void run_in_phases(Job *job) noexcept nogil:
                      else job.blocks * job.width + job.channels < SERIAL_SUMS)
     cdef int finishers = 1 if few else job.threads
     cdef int team = <int>min(job.threads, max(job.units, job.map_units))
-    cdef int64_t finish_tasks
     job.again = False
     job.channels_per_finish = max(1, min(FASTBN_ALIGNMENT // sizeof(double), ceil_div(job.channels, finishers)))
-    finish_tasks = ceil_div(job.channels, job.channels_per_finish)
     if job.reduce != NULL:
         phase(job, shift_channels, job.channels, finishers if job.planar and shifts_by_first(job) else 1, False)
-        if job.threads > 1 and job.units > 1 and job.map != NULL and not job.finite_first:
-            memset(job.taken, 0, counters_size(team))
-            with parallel(num_threads=team):
-                take_steps(job, finish_tasks, few, team, threadid(), omp_get_num_threads())
-            if not any_redo(job, 0, job.channels):
-                return
-        else:
-            phase(job, reduce_units, job.units, job.threads, False)
-            phase(job, finish_units, finish_tasks, finishers, False)
+    if job.reduce != NULL and job.map != NULL and job.threads > 1 and job.units > 1 and not job.finite_first:
+        memset(job.taken, 0, counters_size(team))
+        with parallel(num_threads=team):
+            take_steps(job, few, team, threadid(), omp_get_num_threads())
+        if not any_redo(job, 0, job.channels):
+            return
     else:
-        phase(job, finish_units, finish_tasks, finishers, False)
+        make_statistics(job, finishers)
     if job.reduce != NULL and any_redo(job, 0, job.channels):
         job.again = True
-        phase(job, reduce_units, job.units, job.threads, False)
-        phase(job, finish_units, finish_tasks, finishers, False)
+        make_statistics(job, finishers)
     if job.map != NULL and not (job.finite_first and not all_finite(job)):
         phase(job, map_units, job.map_units, job.threads, True)
 

@@ -21,6 +21,7 @@ FORKS = Path(__file__).with_name("forks.py")
 CHILDREN = 10_000 if LONG else 100  # of all orders together
 ORDERS = ("fastbn", "fastbn,torch", "torch,fastbn")
 SHAPE = (16, 24, 31, 17)
+SHARED = [(SHAPE, 1), ((16, 31, 17, 24), 3), ((40, 2048), 1)]  # by channels; in steps; with many sums to finish
 
 
 def work(threads, shape=SHAPE, axis=1):
@@ -48,11 +49,9 @@ def test_forked_children_work_with_threads(libraries, record_property):
 @pytest.mark.parametrize(
     ("callers", "calls", "threads", "shape", "axis"),
     [
-        (8, 25, 2, SHAPE, 1),
         (8, 25, 1, SHAPE, 1),
         (32, 500, 1, (5, 24, 7, 9), 1),
-        (8, 25, 2, (16, 31, 17, 24), 3),  # in phases; and with many sums to finish
-        (8, 25, 3, (40, 2048), 1),
+        *((8, 25, threads, *shared) for threads, shared in zip((2, 2, 3), SHARED, strict=True)),
     ],
 )
 def test_many_python_threads_get_the_bits_of_one(callers, calls, threads, shape, axis):
@@ -79,8 +78,8 @@ FEWER_THREADS = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from problems import assert_same_bits
-from test_processes import SHAPE, work
-for shape, axis in ((SHAPE, 1), ((16, 31, 17, 24), 3), ((40, 2048), 1)):
+from test_processes import SHARED, work
+for shape, axis in SHARED:
     for actual, wanted in zip(work(8, shape, axis), work(1, shape, axis)):
         assert_same_bits(actual, wanted)
 """
